@@ -1,0 +1,242 @@
+"""Messages between the HTTP process and the engine worker: frozen plain data, no torch, no text.
+
+Token ids cross this border, text does not. Requests and commands go in; StepOutput lists and command
+replies come out. Every accepted GenerateRequest ends in exactly one RequestDelta that has a finish_reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorInfo:
+    """An EngineError as data: `code` is stable and machine-readable, `message` is for people."""
+
+    code: str
+    message: str
+    param: str | None = None
+    """The request parameter at fault, where one is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRef:
+    """One published generation of one adapter. Two refs are the same weights exactly when they are equal."""
+
+    uid: int
+    """Never reused while the server runs; names are, uids are not."""
+    generation: int
+    name: str
+    path: str
+    """Folder in PEFT format that nobody changes while this generation lives."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrammarSpec:
+    """What the output must match; compiled in the worker, checked before a request is accepted."""
+
+    kind: Literal["json_object", "json_schema", "regex", "lark"]
+    source: str = ""
+    """JSON Schema text, regular expression or Lark grammar; empty for json_object."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens. Ranges are checked where requests enter the server; the engine trusts them."""
+
+    max_tokens: int
+    """Upper limit of generated tokens, at least 1; already clamped to the model's length."""
+    min_tokens: int = 0
+    """Until so many tokens are generated, eos and stop_token_ids cannot be chosen."""
+    temperature: float = 1.0
+    """0 means greedy: the largest logit, the lowest token id among equals."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 means all tokens."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    """Acts on prompt and output tokens, as in transformers; the two above on output tokens, as in OpenAI's API."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, amount added to its logit)."""
+    seed: int | None = None
+    """None: the engine draws one. The token at a position depends on seed, position and logits only."""
+    stop_token_ids: tuple[int, ...] = ()
+    """End the text besides the model's eos tokens; the stop token itself is reported in the last delta."""
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Report each token's log-probability and those of this many most likely tokens; None: no report."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens (the first has none). Such a request reads no prefix cache."""
+    grammar: GrammarSpec | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """Continue a prompt, or score it with the adapter's reward head."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    adapter: AdapterRef | None = None
+    """None: the base model."""
+    lora_scale: float = 1.0
+    """Multiplies the adapter's effect: 0 is the base, 1 the adapter as trained."""
+    priority: int = 0
+    """Lower runs earlier, as in vLLM; equals in order of arrival."""
+    task: Literal["generate", "score"] = "generate"
+    """score: run the prompt once and report the adapter's score head at its last token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelRequest:
+    """Free the request within one step; it still ends in one final delta, finish_reason "cancelled"."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadAdapter:
+    """Read, check and place an adapter before it is published; answered by one AdapterReply."""
+
+    command_id: int
+    ref: AdapterRef
+    pinned: bool = False
+    """A pinned adapter keeps its pool row until it is unloaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnloadAdapter:
+    """Forget a generation once no request uses it; answered by one AdapterReply."""
+
+    command_id: int
+    ref: AdapterRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shutdown:
+    """Stop the worker; requests still running end as cancelled."""
+
+
+Command = GenerateRequest | CancelRequest | LoadAdapter | UnloadAdapter | Shutdown
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probability of one token under the model (before temperature, penalties and masks)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The most likely tokens, best first: (token id, logprob)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestDelta:
+    """What one step added to one request."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One entry per token id, where the request asked for them."""
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    """In the first delta only, one entry per prompt token, where asked for."""
+    num_cached_tokens: int = 0
+    """In the first delta: prompt tokens taken from the prefix cache."""
+    queued_s: float = 0.0
+    """In the first delta: seconds from arrival in the worker to the first scheduled step."""
+    score: float | None = None
+    """The answer to task "score", in its final delta."""
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The eos or stop token that ended the text; it is also the last of token_ids."""
+    error: ErrorInfo | None = None
+    """Set exactly when finish_reason is "error"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Counters and gauges at the end of a step; counters only grow while the worker lives."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    """Share of KV blocks held by running sequences, 0..1."""
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    """Prompt tokens looked up in the prefix cache."""
+    prefix_cache_hits: int = 0
+    """Prompt tokens found there."""
+    step_s: float = 0.0
+    num_step_tokens: int = 0
+    resident_adapters: tuple[tuple[int, int], ...] = ()
+    """(uid, generation) of each adapter in a pool row."""
+    num_adapter_loads: int = 0
+    num_adapter_evictions: int = 0
+    adapter_load_s: float = 0.0
+    """Seconds spent reading and placing adapters, in total."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutput:
+    """Everything one step has to say, in one message."""
+
+    deltas: tuple[RequestDelta, ...]
+    stats: EngineStats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterReply:
+    """Answer to LoadAdapter or UnloadAdapter."""
+
+    command_id: int
+    error: ErrorInfo | None = None
+    load_s: float = 0.0
+    num_bytes: int = 0
+    """Memory that the adapter takes in a pool row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadProgress:
+    """Start-up progress of the worker, for the console and for /health while loading."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """Sent once, when the worker is ready to take requests."""
+
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    num_kv_blocks: int
+    block_size: int
+    dtype: str
+    kv_cache_dtype: str
+    device: str
+    weights_bytes: int
+    kv_cache_bytes: int
+    base_fingerprint: str
+    """Hash of the quantised base; adapters that name another are refused."""
+    load_s: float = 0.0
+    quantization: str = "nf4"
+    notes: tuple[str, ...] = field(default=())
+    """Lines for the operator: where a quantised copy was cached, which kernels fell back and why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerFailed:
+    """The worker cannot start or go on; it exits after this message."""
+
+    error: ErrorInfo
+
+
+Reply = StepOutput | AdapterReply | LoadProgress | EngineInfo | WorkerFailed

@@ -1,0 +1,108 @@
+"""What a user can set about the engine. Each field is one command-line flag; its docstring is the flag's help.
+
+Frozen, keyword-only, checked at birth. A value discovered at run time (blocks that fit, the model's length) is a
+return value, never written back here. Names follow vLLM where vLLM has the flag.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+def _require(condition: bool, field_name: str, expected: str, found: object) -> None:
+    if not condition:
+        raise ValueError(f"{field_name}: expected {expected}, got {found!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which base model, and how it is held in memory."""
+
+    base: str = "demo"
+    """Base model: a folder in Hugging Face format, a name in --model-dir, an alias such as llama-7b, or a Hugging Face repository id. The embedded demo when absent."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer, when it is not the base model's."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of activations and of the weights that stay 16-bit; auto takes the checkpoint's."""
+    quantization: Literal["auto", "nf4", "fp4", "none"] = "auto"
+    """auto keeps a 4-bit checkpoint as it is and quantises a 16-bit one to NF4 with double quantisation; none serves 16-bit weights."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto takes a GPU when there is one."""
+    max_model_len: int | None = None
+    """Longest prompt plus output, in tokens; by default what the model was trained for."""
+    quantized_cache_dir: str | None = None
+    """Where the 4-bit copy of a 16-bit checkpoint is kept; ~/.cache/herd/quantized by default."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.base), "base", "a name or a path", self.base)
+        _require(self.max_model_len is None or self.max_model_len > 0, "max_model_len", "a positive number", self.max_model_len)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """Paged KV-cache geometry. Sizes are in tokens unless the name says otherwise."""
+
+    block_size: int = 16
+    """Tokens per KV block; a power of two."""
+    kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of cached keys and values; auto is the model's dtype."""
+    kv_cache_memory_bytes: int | None = None
+    """Memory for the KV cache; by default what is free (see --gpu-memory-utilization), at most what --max-num-seqs full sequences need."""
+    gpu_memory_utilization: float = 0.9
+    """Share of the device's memory that weights, activations and cache may use together."""
+    enable_prefix_caching: bool = True
+    """Share the KV blocks of equal prompt beginnings between requests of the same adapter generation."""
+
+    def __post_init__(self) -> None:
+        power_of_two = self.block_size > 0 and not self.block_size & (self.block_size - 1)
+        _require(power_of_two, "block_size", "a power of two", self.block_size)
+        _require(0.0 < self.gpu_memory_utilization <= 1.0, "gpu_memory_utilization", "0 < x <= 1", self.gpu_memory_utilization)
+        _require(
+            self.kv_cache_memory_bytes is None or self.kv_cache_memory_bytes > 0,
+            "kv_cache_memory_bytes", "a positive number", self.kv_cache_memory_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """What one step may hold."""
+
+    max_num_seqs: int = 64
+    """Sequences in one step at most."""
+    max_num_batched_tokens: int = 2048
+    """Tokens in one step at most; decodes come first, prompt chunks share the rest."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_num_seqs > 0, "max_num_seqs", "a positive number", self.max_num_seqs)
+        _require(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            "max_num_batched_tokens", f"at least max_num_seqs ({self.max_num_seqs})", self.max_num_batched_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """Room for adapters on the device."""
+
+    max_loras: int = 8
+    """Adapters on the device at once; more may be loaded, the least recently used give way."""
+    max_lora_rank: int | None = None
+    """Refuse adapters of a larger rank; by default any rank is served."""
+    max_cpu_loras: int = 32
+    """Adapters kept in host memory at most, so that a return to the device needs no disk."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_loras > 0, "max_loras", "a positive number", self.max_loras)
+        _require(self.max_lora_rank is None or self.max_lora_rank > 0, "max_lora_rank", "a positive number", self.max_lora_rank)
+        _require(self.max_cpu_loras >= self.max_loras, "max_cpu_loras", f"at least max_loras ({self.max_loras})", self.max_cpu_loras)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """All that the engine worker is started with."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
