@@ -1,7 +1,7 @@
-"""Messages between the HTTP process and the engine worker: frozen plain data, no torch, no text.
+"""Messages between the HTTP process and the engine worker: frozen data, no torch, no text.
 
-Token ids cross this border, text does not. Requests and commands go in; StepOutput lists and command
-replies come out. Every accepted GenerateRequest ends in exactly one RequestDelta that has a finish_reason.
+Token ids cross this border, text does not. Requests and commands go in; step outputs and replies
+come out. Every accepted GenerateRequest ends in exactly one RequestDelta with a finish_reason.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class ErrorInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterRef:
-    """One published generation of one adapter. Two refs are the same weights exactly when they are equal."""
+    """One published generation of one adapter. Two refs are the same weights exactly when they are
+    equal."""
 
     uid: int
     """Never reused while the server runs; names are, uids are not."""
@@ -45,7 +46,8 @@ class GrammarSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to choose tokens. Ranges are checked where requests enter the server; the engine trusts them."""
+    """How to choose tokens. Ranges are checked where requests enter the server; the engine trusts
+    them."""
 
     max_tokens: int
     """Upper limit of generated tokens, at least 1; already clamped to the model's length."""
@@ -60,18 +62,23 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    """Acts on prompt and output tokens, as in transformers; the two above on output tokens, as in OpenAI's API."""
+    """Acts on prompt and output tokens, as in transformers; the two above on output tokens, as in
+    OpenAI's API."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, amount added to its logit)."""
     seed: int | None = None
-    """None: the engine draws one. The token at a position depends on seed, position and logits only."""
+    """None: the engine draws one. The token at a position depends on seed, position and logits
+    only."""
     stop_token_ids: tuple[int, ...] = ()
-    """End the text besides the model's eos tokens; the stop token itself is reported in the last delta."""
+    """End the text besides the model's eos tokens; the stop token itself is reported in the last
+    delta."""
     ignore_eos: bool = False
     logprobs: int | None = None
-    """Report each token's log-probability and those of this many most likely tokens; None: no report."""
+    """Report each token's log-probability and those of this many most likely tokens; None: no
+    report."""
     prompt_logprobs: int | None = None
-    """The same for the prompt's tokens (the first has none). Such a request reads no prefix cache."""
+    """The same for the prompt's tokens (the first has none). Such a request reads no prefix
+    cache."""
     grammar: GrammarSpec | None = None
 
 
@@ -94,7 +101,8 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CancelRequest:
-    """Free the request within one step; it still ends in one final delta, finish_reason "cancelled"."""
+    """Free the request within one step; it still ends in one final delta, finish_reason
+    "cancelled"."""
 
     request_id: str
 
@@ -229,7 +237,8 @@ class EngineInfo:
     load_s: float = 0.0
     quantization: str = "nf4"
     notes: tuple[str, ...] = field(default=())
-    """Lines for the operator: where a quantised copy was cached, which kernels fell back and why."""
+    """Lines for the operator: where a quantised copy was cached, which kernels fell back and
+    why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

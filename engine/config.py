@@ -1,7 +1,7 @@
-"""What a user can set about the engine. Each field is one command-line flag; its docstring is the flag's help.
+"""What a user can set about the engine; each field is one flag, its docstring the flag's help.
 
-Frozen, keyword-only, checked at birth. A value discovered at run time (blocks that fit, the model's length) is a
-return value, never written back here. Names follow vLLM where vLLM has the flag.
+Frozen, keyword-only, checked at birth. A value discovered at run time (blocks that fit, the
+model's length) is a return value, never written back here. Names follow vLLM's flags.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ class ModelConfig:
     """Which base model, and how it is held in memory."""
 
     base: str = "demo"
-    """Base model: a folder in Hugging Face format, a name in --model-dir, an alias such as llama-7b, or a Hugging Face repository id. The embedded demo when absent."""
+    """Base model: a folder in Hugging Face format, a name in --model-dir, an alias such as
+    llama-7b, or a Hugging Face repository id. The embedded demo when absent."""
     tokenizer: str | None = None
     """Folder of the tokenizer, when it is not the base model's."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of activations and of the weights that stay 16-bit; auto takes the checkpoint's."""
     quantization: Literal["auto", "nf4", "fp4", "none"] = "auto"
-    """auto keeps a 4-bit checkpoint as it is and quantises a 16-bit one to NF4 with double quantisation; none serves 16-bit weights."""
+    """auto keeps a 4-bit checkpoint as it is and quantises a 16-bit one to NF4 with double
+    quantisation; none serves 16-bit weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes a GPU when there is one."""
     max_model_len: int | None = None
@@ -36,7 +38,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.base), "base", "a name or a path", self.base)
-        _require(self.max_model_len is None or self.max_model_len > 0, "max_model_len", "a positive number", self.max_model_len)
+        _require(
+            self.max_model_len is None or self.max_model_len > 0,
+            "max_model_len",
+            "a positive number",
+            self.max_model_len,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,19 +55,28 @@ class CacheConfig:
     kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of cached keys and values; auto is the model's dtype."""
     kv_cache_memory_bytes: int | None = None
-    """Memory for the KV cache; by default what is free (see --gpu-memory-utilization), at most what --max-num-seqs full sequences need."""
+    """Memory for the KV cache; by default what is free (see --gpu-memory-utilization), at most what
+    --max-num-seqs full sequences need."""
     gpu_memory_utilization: float = 0.9
     """Share of the device's memory that weights, activations and cache may use together."""
     enable_prefix_caching: bool = True
-    """Share the KV blocks of equal prompt beginnings between requests of the same adapter generation."""
+    """Share the KV blocks of equal prompt beginnings between requests of the same adapter
+    generation."""
 
     def __post_init__(self) -> None:
         power_of_two = self.block_size > 0 and not self.block_size & (self.block_size - 1)
         _require(power_of_two, "block_size", "a power of two", self.block_size)
-        _require(0.0 < self.gpu_memory_utilization <= 1.0, "gpu_memory_utilization", "0 < x <= 1", self.gpu_memory_utilization)
+        _require(
+            0.0 < self.gpu_memory_utilization <= 1.0,
+            "gpu_memory_utilization",
+            "0 < x <= 1",
+            self.gpu_memory_utilization,
+        )
         _require(
             self.kv_cache_memory_bytes is None or self.kv_cache_memory_bytes > 0,
-            "kv_cache_memory_bytes", "a positive number", self.kv_cache_memory_bytes,
+            "kv_cache_memory_bytes",
+            "a positive number",
+            self.kv_cache_memory_bytes,
         )
 
 
@@ -77,7 +93,9 @@ class SchedulerConfig:
         _require(self.max_num_seqs > 0, "max_num_seqs", "a positive number", self.max_num_seqs)
         _require(
             self.max_num_batched_tokens >= self.max_num_seqs,
-            "max_num_batched_tokens", f"at least max_num_seqs ({self.max_num_seqs})", self.max_num_batched_tokens,
+            "max_num_batched_tokens",
+            f"at least max_num_seqs ({self.max_num_seqs})",
+            self.max_num_batched_tokens,
         )
 
 
@@ -94,8 +112,18 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _require(self.max_loras > 0, "max_loras", "a positive number", self.max_loras)
-        _require(self.max_lora_rank is None or self.max_lora_rank > 0, "max_lora_rank", "a positive number", self.max_lora_rank)
-        _require(self.max_cpu_loras >= self.max_loras, "max_cpu_loras", f"at least max_loras ({self.max_loras})", self.max_cpu_loras)
+        _require(
+            self.max_lora_rank is None or self.max_lora_rank > 0,
+            "max_lora_rank",
+            "a positive number",
+            self.max_lora_rank,
+        )
+        _require(
+            self.max_cpu_loras >= self.max_loras,
+            "max_cpu_loras",
+            f"at least max_loras ({self.max_loras})",
+            self.max_cpu_loras,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

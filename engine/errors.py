@@ -1,4 +1,4 @@
-"""Named errors of the engine. The engine knows no HTTP: server/errors.py maps classes to status codes."""
+"""Named errors of the engine, which knows no HTTP: server/errors.py maps them to status codes."""
 
 from __future__ import annotations
 
