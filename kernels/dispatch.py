@@ -1,0 +1,71 @@
+"""Which implementation of an operation runs: decided here and nowhere else.
+
+Each operation's file holds its argument checks and its PyTorch reference, which is the definition of correct and takes
+any arguments on any device. A faster implementation is registered under the same operation name together with a
+function that accepts or declines the arguments; the first that accepts runs, else the reference.
+
+HERD_KERNELS=reference turns every other implementation off, for debugging and comparison.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+TOKEN_TILE = 16
+"""Rows of every matrix product. One shape for every batch, so that a token's arithmetic is the same alone or in a crowd."""
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """One way to run an operation; `run` and `accepts` take the reference's arguments."""
+
+    name: str
+    run: Callable[..., Any]
+    accepts: Callable[..., bool]
+
+
+_implementations: dict[str, list[Implementation]] = {}
+
+
+def register(operation: str, implementation: Implementation) -> None:
+    """Offer an implementation of an operation; among those registered the earlier is asked first."""
+    _implementations.setdefault(operation, []).append(implementation)
+
+
+def unregister(operation: str, name: str) -> None:
+    """Withdraw an implementation, for example one that failed its self-test."""
+    _implementations[operation] = [i for i in _implementations[operation] if i.name != name]
+
+
+def dispatch(operation: str, reference: Callable[..., Any], *args: Any) -> Any:
+    """Run the first registered implementation that accepts the arguments, else the reference."""
+    for implementation in _implementations.get(operation, ()):
+        if implementation.accepts(*args) and not reference_only():
+            return implementation.run(*args)
+    return reference(*args)
+
+
+@cache
+def reference_only() -> bool:
+    """Whether HERD_KERNELS asks for the references alone; read once.
+
+    Raises:
+        ValueError: HERD_KERNELS has a value that means nothing.
+    """
+    choice = os.environ.get("HERD_KERNELS", "auto")
+    check(choice in ("auto", "reference"), "HERD_KERNELS", "auto or reference", choice)
+    return choice == "reference"
+
+
+def check(condition: bool, name: str, expected: object, found: object) -> None:
+    """Refuse a wrong argument of a public kernel function.
+
+    Raises:
+        ValueError: "name: expected X, got Y".
+    """
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {found}")
