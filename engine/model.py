@@ -85,25 +85,6 @@ class CausalLM:
         """The base's linear layer at a module path: .weight (4-bit or dense) and .bias."""
         return self._projections[path][1]
 
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor the model needs, by its name in a checkpoint; a tied head is not among them."""
-        spec = self.spec
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": spec.embedding_shape}
-        for path, (out_features, in_features) in spec.linear_shapes().items():
-            if path != "lm_head" or not spec.tie_word_embeddings:
-                shapes[f"{path}.weight"] = (out_features, in_features)
-            if spec.has_bias(path):
-                shapes[f"{path}.bias"] = (out_features,)
-        for index in range(spec.num_layers):
-            prefix = f"model.layers.{index}"
-            shapes[f"{prefix}.input_layernorm.weight"] = (spec.hidden_size,)
-            shapes[f"{prefix}.post_attention_layernorm.weight"] = (spec.hidden_size,)
-            if spec.has_qk_norm:
-                shapes[f"{prefix}.self_attn.q_norm.weight"] = (spec.head_dim,)
-                shapes[f"{prefix}.self_attn.k_norm.weight"] = (spec.head_dim,)
-        shapes["model.norm.weight"] = (spec.hidden_size,)
-        return shapes
-
     def set_tensor(self, name: str, value: torch.Tensor | QuantizedWeight) -> None:
         """Put one checkpoint tensor in its place; dense ones are cast to the model's dtype.
 

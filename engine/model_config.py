@@ -102,6 +102,28 @@ class ModelSpec:
             "mlp.down_proj": (self.hidden_size, self.intermediate_size),
         }
 
+    def quantizable_weights(self) -> frozenset[str]:
+        """Tensor names of the weights that are 4-bit in a quantised model: linear layers but the head."""
+        return frozenset(f"{path}.weight" for path in self.linear_shapes() if path != "lm_head")
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor the model needs, by its name in a checkpoint; a tied head is not among them."""
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": self.embedding_shape}
+        for path, shape in self.linear_shapes().items():
+            if path != "lm_head" or not self.tie_word_embeddings:
+                shapes[f"{path}.weight"] = shape
+            if self.has_bias(path):
+                shapes[f"{path}.bias"] = shape[:1]
+        for index in range(self.num_layers):
+            prefix = f"model.layers.{index}"
+            shapes[f"{prefix}.input_layernorm.weight"] = (self.hidden_size,)
+            shapes[f"{prefix}.post_attention_layernorm.weight"] = (self.hidden_size,)
+            if self.has_qk_norm:
+                shapes[f"{prefix}.self_attn.q_norm.weight"] = (self.head_dim,)
+                shapes[f"{prefix}.self_attn.k_norm.weight"] = (self.head_dim,)
+        shapes["model.norm.weight"] = (self.hidden_size,)
+        return shapes
+
     def has_bias(self, path: str) -> bool:
         """Whether the linear layer of that module path has a bias."""
         name = path.rpartition(".")[2]
@@ -125,7 +147,7 @@ def _architecture(path: Path, config: dict[str, Any]) -> str:
     """
     found = config.get("architectures")
     if isinstance(found, list) and len(found) == 1 and found[0] in SUPPORTED_ARCHITECTURES:
-        return found[0]
+        return str(found[0])
     if isinstance(found, list):
         shown = ", ".join(map(str, found)) or "none"
     else:
@@ -224,7 +246,7 @@ def _sliding_windows(config: Fields, architecture: str, num_layers: int) -> tupl
     if layer_types is None:
         first = config.integer("max_window_layers", default=28, minimum=0)
         return tuple(window if layer >= first else None for layer in range(num_layers))
-    known = {"full_attention": None, "sliding_attention": window}
+    known: dict[str, int | None] = {"full_attention": None, "sliding_attention": window}
     is_list = isinstance(layer_types, list) and len(layer_types) == num_layers
     if not is_list or not all(isinstance(name, str) and name in known for name in layer_types):
         config.problem(

@@ -1,0 +1,210 @@
+"""Loading a base model: what is asked for, what the folder has, what fits in memory; then tensor by tensor.
+
+A 16-bit folder is quantised while it streams in and its 4-bit copy kept (engine/quantized_cache.py); a bitsandbytes
+4-bit folder is taken as it is. Peak host memory is the loaded model and the largest single tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.bnb_format import StoredWeight
+from engine.checkpoint import Checkpoint
+from engine.config import ModelConfig
+from engine.errors import CheckpointError
+from engine.fingerprint import Fingerprint
+from engine.json_fields import read_json_object
+from engine.memory import (
+    available_device_bytes,
+    available_host_bytes,
+    check_memory,
+    estimate_weights_bytes,
+    quantized_bytes,
+)
+from engine.model import CausalLM
+from engine.model_config import DTYPES, ModelSpec, declared_dtype
+from engine.quantize import QuantSettings, checkpoint_dtype, read_tensors, stored_quantization
+from engine.quantized_cache import CacheWriter, cached_folder, default_cache_dir, open_cached
+from engine.tensor_plan import TensorPlan, plan_tensors
+from kernels.nf4 import QuantizedWeight, dequantize_4bit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model ready to run."""
+
+    model: CausalLM
+    spec: ModelSpec
+    """With the dtype that the model runs in."""
+    fingerprint: str
+    """Hash of the base's weights (engine/fingerprint.py)."""
+    weights_bytes: int
+    """Memory that the weights take on the device."""
+    quantization: str
+    """nf4, fp4 or none: how the linear layers are held."""
+    notes: tuple[str, ...]
+    """For the operator: where a copy was cached, why a type was chosen."""
+
+
+def load_model(
+    config: ModelConfig,
+    folder: Path,
+    device: torch.device | str,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> LoadedModel:
+    """Load a Hugging Face model folder.
+
+    Args:
+        config: dtype, quantization and quantized_cache_dir are used here.
+        folder: with config.json and safetensors files.
+        device: where the model is to run.
+        progress: called as (stage, bytes done, bytes in total).
+
+    Raises:
+        CheckpointError: the folder cannot be served; the message names file, tensor and remedy.
+        NotEnoughMemory: computed before any weight is read.
+    """
+    device = torch.device(device)
+    notes: list[str] = []
+    spec = ModelSpec.from_folder(folder)
+    raw_config = read_json_object(folder / "config.json")
+    says_4bit = stored_quantization(folder / "config.json", raw_config)
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(Checkpoint(folder))
+        plan = plan_tensors(checkpoint, spec)
+        if says_4bit and not plan.quantized:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: quantization_config announces 4-bit weights, but no tensor has a "
+                f"quant_state. Download the folder again, or remove quantization_config if the weights are 16-bit."
+            )
+        quantization = _choose_quantization(config.quantization, plan, folder)
+        stored_dtype = declared_dtype(raw_config) or checkpoint_dtype(checkpoint, plan)
+        dtype = _choose_dtype(config.dtype, stored_dtype, device, notes)
+        settings = None
+        if quantization != "none" and not plan.quantized:
+            settings = QuantSettings(quant_type=quantization)  # type: ignore[arg-type]
+        cache: Path | None = None
+        if settings is not None:
+            cache_dir = config.quantized_cache_dir
+            root = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+            cache = cached_folder(root, folder, checkpoint, settings)
+            opened = open_cached(cache, plan.spec, notes)
+            if opened is not None:
+                checkpoint, plan = stack.enter_context(opened[0]), opened[1]
+                settings = None
+        weights_bytes = _estimate(plan, quantization, dtype)
+        _check_memory(folder, checkpoint, plan, quantization, weights_bytes, device)
+        writer = None
+        if settings is not None and cache is not None:
+            disk_bytes = estimate_weights_bytes(plan.spec, quantization, stored_dtype)
+            writer = CacheWriter(cache, folder, settings, stored_dtype, disk_bytes, notes)
+            stack.callback(writer.close)
+        model = CausalLM(dataclasses.replace(plan.spec, dtype=dtype), device=device, dtype=dtype)
+        fingerprint = Fingerprint()
+        stage = "Loading weights" if settings is None else f"Quantising to {quantization.upper()}"
+        for name, value in read_tensors(checkpoint, plan, settings, stage=stage, progress=progress):
+            fingerprint.add(name, value)
+            if writer is not None:
+                writer.add(name, value)
+            if isinstance(value, QuantizedWeight) and quantization == "none":
+                value = dequantize_4bit(value)
+            model.set_tensor(name, value)
+            del value
+        model.finish()
+        if writer is not None:
+            writer.finish()
+    return LoadedModel(
+        model=model,
+        spec=model.spec,
+        fingerprint=fingerprint.hexdigest(),
+        weights_bytes=weights_bytes,
+        quantization=quantization,
+        notes=tuple(notes),
+    )
+
+
+def _choose_quantization(asked: str, plan: TensorPlan, folder: Path) -> str:
+    """nf4, fp4 or none.
+
+    Raises:
+        CheckpointError: a 4-bit checkpoint would have to be converted to the other 4-bit type.
+    """
+    stored = sorted({weight.quant_type for weight in plan.quantized.values()})
+    if not stored:
+        return "nf4" if asked == "auto" else asked
+    if asked in ("nf4", "fp4") and stored != [asked]:
+        raise CheckpointError(
+            f"{folder}: --quantization {asked} was asked for, but the checkpoint is {' and '.join(stored)}; converting "
+            f"would lose accuracy twice. Use --quantization auto, or take the 16-bit original."
+        )
+    # Where a checkpoint has both, most weights decide the name; each runs as it is stored.
+    types = [weight.quant_type for weight in plan.quantized.values()]
+    return "none" if asked == "none" else max(stored, key=types.count)
+
+
+def _choose_dtype(
+    asked: str, stored: torch.dtype, device: torch.device, notes: list[str]
+) -> torch.dtype:
+    """The type to run in. CPUs multiply float16 without hardware help, 15 times slower than bfloat16."""
+    if asked != "auto":
+        return DTYPES[asked]
+    if device.type == "cpu" and stored is torch.float16:
+        notes.append(
+            "This float16 model runs in bfloat16, because float16 is slow on CPUs; --dtype float16 or float32 "
+            "overrides."
+        )
+        return torch.bfloat16
+    return stored
+
+
+def _estimate(plan: TensorPlan, quantization: str, dtype: torch.dtype) -> int:
+    """Bytes on the device, with the stored sizes where the checkpoint is 4-bit."""
+    if not plan.quantized or quantization == "none":
+        return estimate_weights_bytes(plan.spec, quantization, dtype)
+    shapes = plan.spec.tensor_shapes()
+    stored = {}
+    for name, source in plan.sources.items():
+        shape = shapes[name]
+        numel = shape[0] * (shape[1] if len(shape) == 2 else 1)
+        if isinstance(source, StoredWeight):
+            is_nested = source.nested_offset is not None
+            stored[name] = quantized_bytes(
+                numel, double_quant=is_nested, group_size=source.group_size
+            )
+        else:
+            stored[name] = numel * dtype.itemsize  # modules that the checkpoint left 16-bit
+    return estimate_weights_bytes(plan.spec, quantization, dtype, stored=stored)
+
+
+def _check_memory(
+    folder: Path,
+    checkpoint: Checkpoint,
+    plan: TensorPlan,
+    quantization: str,
+    weights_bytes: int,
+    device: torch.device,
+) -> None:
+    """Raises NotEnoughMemory when the weights, or the largest tensor on its way, will not fit."""
+    largest = max(plan.stored_bytes(checkpoint, name) for name in plan.sources)
+    remedy = "Free memory or choose a smaller base model."
+    if quantization == "none":
+        remedy = "Use --quantization nf4, free memory or choose a smaller base model."
+    what = f"Loading {folder.name} ({quantization if quantization != 'none' else 'not quantised'})"
+    host_bytes = largest
+    if device.type == "cpu":
+        host_bytes += weights_bytes
+    else:
+        check_memory(
+            what,
+            weights_bytes,
+            available_device_bytes(device),
+            where=f"memory on {device}",
+            remedy=remedy,
+        )
+    check_memory(what, host_bytes, available_host_bytes(), where="host memory", remedy=remedy)
