@@ -1,0 +1,95 @@
+"""From a schedule to tensors: a pure function. Names, shapes and dtypes are the field's (docs/structure.md).
+
+Built in numpy, because most arrays are a few dozen numbers and a step pays for each tensor operation. On CUDA they
+travel through pinned memory, without waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One step's input: the tokens of all its sequences, flat, one sequence after another."""
+
+    input_ids: torch.Tensor  # int64 [num_tokens]
+    positions: torch.Tensor  # int64 [num_tokens]
+    cu_seqlens_q: torch.Tensor  # int32 [num_seqs + 1], prefix sums of new tokens
+    context_lens: torch.Tensor  # int32 [num_seqs], tokens visible to attention, this step's included
+    block_tables: torch.Tensor  # int32 [num_seqs, max_num_blocks], padded with -1
+    slot_mapping: torch.Tensor  # int64 [num_tokens], block_id * block_size + offset
+    lora_indices: list[int]  # [num_tokens], pool row; -1 = base
+    lora_scales: list[float]  # [num_tokens]
+    logit_rows: list[int]  # [num_rows], the last token of each sequence that has no more tokens to run
+    finishing: list[Sequence]  # [num_rows], the sequences of those rows
+
+
+def make_batch(
+    items: SequenceOf[tuple[Sequence, int]], *, block_size: int, device: torch.device
+) -> Batch:
+    """Lay out the scheduled tokens.
+
+    Args:
+        items: (sequence, num_new_tokens); block tables cover num_computed_tokens + num_new_tokens.
+        block_size: tokens per KV block.
+        device: where the tensors go.
+    """
+    num_seqs = len(items)
+    input_ids: list[int] = []
+    lora_indices: list[int] = []
+    lora_scales: list[float] = []
+    logit_rows: list[int] = []
+    finishing: list[Sequence] = []
+    starts = np.empty(num_seqs, dtype=np.int64)
+    counts = np.empty(num_seqs, dtype=np.int64)
+    max_num_blocks = max(len(sequence.block_table) for sequence, _ in items)
+    tables = np.full((num_seqs, max_num_blocks), -1, dtype=np.int32)
+    for index, (sequence, num_new_tokens) in enumerate(items):
+        start = sequence.num_computed_tokens
+        end = start + num_new_tokens
+        starts[index], counts[index] = start, num_new_tokens
+        tables[index, : len(sequence.block_table)] = sequence.block_table
+        if num_new_tokens == 1:
+            input_ids.append(sequence.token_ids[start])
+            lora_indices.append(sequence.lora_row)
+            lora_scales.append(sequence.request.lora_scale)
+        else:
+            input_ids += sequence.token_ids[start:end]
+            lora_indices += [sequence.lora_row] * num_new_tokens
+            lora_scales += [sequence.request.lora_scale] * num_new_tokens
+        if end == len(sequence.token_ids):
+            logit_rows.append(len(input_ids) - 1)
+            finishing.append(sequence)
+    ends = np.cumsum(counts)
+    cu_seqlens_q = np.zeros(num_seqs + 1, dtype=np.int32)
+    cu_seqlens_q[1:] = ends
+    seq_of_token = np.repeat(np.arange(num_seqs), counts)  # [num_tokens]
+    positions = np.arange(ends[-1]) + (starts - (ends - counts))[seq_of_token]
+    slot_mapping = tables[seq_of_token, positions // block_size].astype(np.int64) * block_size
+    slot_mapping += positions % block_size
+    return Batch(
+        input_ids=_to(np.array(input_ids, dtype=np.int64), device),
+        positions=_to(positions, device),
+        cu_seqlens_q=_to(cu_seqlens_q, device),
+        context_lens=_to((starts + counts).astype(np.int32), device),
+        block_tables=_to(tables, device),
+        slot_mapping=_to(slot_mapping, device),
+        lora_indices=lora_indices,
+        lora_scales=lora_scales,
+        logit_rows=logit_rows,
+        finishing=finishing,
+    )
+
+
+def _to(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor

@@ -1,0 +1,441 @@
+"""The synchronous heart: requests in, steps, deltas out. No process, no thread, no clock but for statistics.
+
+Every accepted request ends in exactly one final delta: all ways out lead through `_finish`. A forward pass that
+raises is repeated sequence by sequence, so that only who is at fault ends with an error; a lost device is fatal and
+left to the worker.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from engine.api import (
+    AdapterRef,
+    AdapterReply,
+    EngineStats,
+    ErrorInfo,
+    FinishReason,
+    GenerateRequest,
+    GrammarSpec,
+    LoadAdapter,
+    RequestDelta,
+    StepOutput,
+    TokenLogprobs,
+    UnloadAdapter,
+)
+from engine.block_manager import BlockManager
+from engine.config import EngineConfig
+from engine.errors import (
+    AdapterError,
+    ContextLengthExceeded,
+    EngineError,
+    GrammarError,
+    NotEnoughMemory,
+    RequestError,
+)
+from engine.model_runner import ModelRunner, StepResult
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    from engine.grammar import Grammar
+    from engine.lora_pool import LoraPool
+    from engine.sampler import SampledToken
+
+logger = logging.getLogger(__name__)
+
+Items = list[tuple[Sequence, int]]
+
+
+class TokenSampler(Protocol):
+    """engine.sampler.Sampler, or a fake in tests."""
+
+    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[SampledToken]: ...
+
+
+class Compiler(Protocol):
+    """engine.grammar.GrammarCompiler, or a fake in tests."""
+
+    def submit(self, spec: GrammarSpec) -> Future[Grammar]: ...
+
+
+class Engine:
+    """All requests of one worker. Not thread-safe: one thread calls everything."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: ModelRunner,
+        sampler: TokenSampler,
+        compiler: Compiler,
+        lora_pool: LoraPool,
+        *,
+        num_blocks: int,
+        max_model_len: int,
+        vocab_size: int,
+        eos_token_ids: Iterable[int],
+    ) -> None:
+        self.blocks = BlockManager(
+            num_blocks,
+            config.cache.block_size,
+            enable_prefix_caching=config.cache.enable_prefix_caching,
+        )
+        self.scheduler = Scheduler(
+            config.scheduler, self.blocks, lora_pool, num_rows=config.lora.max_loras
+        )
+        self._runner = runner
+        self._sampler = sampler
+        self._compiler = compiler
+        self._pool = lora_pool
+        self._max_len = min(max_model_len, num_blocks * config.cache.block_size)
+        self._vocab_size = vocab_size
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._sequences: dict[str, Sequence] = {}
+        self._compiling: dict[str, Future[Grammar]] = {}
+        self._num_users: Counter[AdapterRef] = Counter()
+        self._unloads: dict[AdapterRef, list[int]] = {}
+        self._outbox: list[RequestDelta] = []
+        self._replies: list[AdapterReply] = []
+        self._num_arrivals = 0
+
+    # Requests.
+
+    def add(self, request: GenerateRequest) -> None:
+        """Accept a request; one that cannot be served ends at once, with an error, in the next step's deltas.
+
+        Raises:
+            ValueError: a request of that id is running; nothing is changed.
+        """
+        if request.request_id in self._sequences:
+            raise ValueError(f"request_id: expected a new one, got {request.request_id!r} again")
+        try:
+            self._check(request)
+        except RequestError as error:
+            self._outbox.append(_error_delta(request.request_id, error))
+            return
+        self._num_arrivals += 1
+        sequence = Sequence.from_request(
+            request, self._num_arrivals, eos_token_ids=self._eos_token_ids, max_len=self._max_len
+        )
+        self._sequences[sequence.request_id] = sequence
+        if request.adapter is not None:
+            self._num_users[request.adapter] += 1
+        grammar = request.params.grammar
+        if grammar is None or request.task == "score":
+            self.scheduler.add(sequence)
+            return
+        try:
+            self._compiling[sequence.request_id] = self._compiler.submit(grammar)
+        except EngineError as error:
+            self._outbox.append(self._finish(sequence, "error", error=error))
+
+    def cancel(self, request_id: str) -> None:
+        """Free a request at once, whatever its state; unknown and ended ones are ignored."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._outbox.append(self._finish(sequence, "cancelled"))
+
+    def cancel_all(self) -> None:
+        """Cancel every request that lives."""
+        for request_id in list(self._sequences):
+            self.cancel(request_id)
+
+    def has_work(self) -> bool:
+        """Whether step() has, or soon will have, anything to do or to say."""
+        return bool(
+            self._sequences or self._outbox or self._replies or self._unloads or self._pool.is_loading
+        )
+
+    def step(self) -> StepOutput:
+        """Run one step and tell what it added. With nothing to run it only delivers what is pending."""
+        started_s = time.perf_counter()
+        self._pool.poll()
+        self._poll_grammars()
+        schedule = self.scheduler.schedule()
+        deltas, self._outbox = self._outbox, []
+        for sequence, error in schedule.failed:
+            deltas.append(self._finish(sequence, "error", error=error, is_queued=False))
+        for sequence, _ in schedule.items:
+            if sequence.first_scheduled_s is None:
+                sequence.first_scheduled_s = started_s
+                sequence.num_cached_tokens = sequence.num_computed_tokens
+        if schedule.items:
+            self._run(schedule.items, deltas)
+        num_tokens = sum(num_new_tokens for _, num_new_tokens in schedule.items)
+        return StepOutput(
+            deltas=tuple(deltas), stats=self._stats(time.perf_counter() - started_s, num_tokens)
+        )
+
+    # Adapters.
+
+    def load_adapter(self, command: LoadAdapter) -> None:
+        """Start loading an adapter; answered among take_replies when it is ready or has failed."""
+
+        def done(*, error: ErrorInfo | None, load_s: float, num_bytes: int) -> None:
+            if error is not None:
+                self.scheduler.pinned.discard(command.ref)
+            self._replies.append(
+                AdapterReply(
+                    command_id=command.command_id, error=error, load_s=load_s, num_bytes=num_bytes
+                )
+            )
+
+        if command.pinned:
+            self.scheduler.pinned.add(command.ref)
+        else:
+            self.scheduler.pinned.discard(command.ref)
+        self._pool.preload(command.ref, pinned=command.pinned, done=done)
+
+    def unload_adapter(self, command: UnloadAdapter) -> None:
+        """Forget an adapter once no request uses it; answered among take_replies when that has happened."""
+        self._unloads.setdefault(command.ref, []).append(command.command_id)
+        self._forget_unused(command.ref)
+
+    def take_replies(self) -> list[AdapterReply]:
+        """Answers to load_adapter and unload_adapter that have become due."""
+        replies, self._replies = self._replies, []
+        return replies
+
+    # Health.
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless all books agree; for tests and idle moments."""
+        self.scheduler.check_integrity()
+        self._pool.check_integrity()
+        known = {id(sequence) for sequence in self._sequences.values()}
+        compiling = {id(self._sequences[request_id]) for request_id in self._compiling}
+        queued = set(map(id, self.scheduler.waiting)) | set(map(id, self.scheduler.running))
+        assert known == compiling | queued and not compiling & queued, "a sequence is lost"
+        users = Counter(s.adapter for s in self._sequences.values() if s.adapter is not None)
+        assert users == self._num_users, f"{users} use adapters, {self._num_users} were counted"
+
+    def close(self) -> None:
+        """Stop the loader thread."""
+        self._pool.close()
+
+    # One step.
+
+    def _run(self, items: Items, deltas: list[RequestDelta]) -> None:
+        """Run and sample; on an error find out whose it is by running each sequence alone."""
+        try:
+            result = self._runner.run(items)
+            self._drop_non_finite(result, deltas)
+            tokens = self._sampler.sample(result.logits, result.sampled) if result.sampled else []
+        except torch.AcceleratorError:
+            raise  # the device is lost; nothing can be repeated
+        except Exception as error:  # a request's boundary: only those at fault end
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+            if len(items) > 1:
+                logger.warning("A step failed (%r); repeating it one sequence at a time.", error)
+                for item in items:
+                    if item[0].request_id in self._sequences:
+                        self._run([item], deltas)
+                return
+            if not isinstance(error, RequestError | AdapterError):
+                logger.exception("A forward pass failed.")
+            deltas.append(self._finish_failed(items[0][0], _as_engine_error(error)))
+            return
+        self.scheduler.complete([item for item in items if item[0].block_table])
+        for sequence, entries in result.prompt_logprobs:
+            sequence.prompt_logprobs += entries
+        deltas += [
+            self._advance(sequence, token)
+            for sequence, token in zip(result.sampled, tokens, strict=True)
+        ]
+        deltas += [self._finish(s, "stop", score=score) for s, score in result.scores]
+
+    def _drop_non_finite(self, result: StepResult, deltas: list[RequestDelta]) -> None:
+        """End the sequences whose logits hold NaN or infinity and keep the others."""
+        if not result.sampled:
+            return
+        # One reduction instead of a mask over all logits; a finite row of a model's logits has a finite sum.
+        is_finite = result.logits.sum(dim=-1).isfinite().tolist()
+        if all(is_finite):
+            return
+        for sequence, is_good in zip(result.sampled, is_finite, strict=True):
+            if not is_good:
+                error = EngineError(
+                    "The model's output for this request is not finite. Check the adapter and lora_scale, or serve "
+                    "with --dtype bfloat16 or float32."
+                )
+                deltas.append(self._finish_failed(sequence, error))
+        rows = [row for row, is_good in enumerate(is_finite) if is_good]
+        result.logits = result.logits[rows]
+        result.sampled = [result.sampled[row] for row in rows]
+
+    def _advance(self, sequence: Sequence, token: SampledToken) -> RequestDelta:
+        """Append one token and say so, with the end where it is one."""
+        sequence.append(token.token_id)
+        is_stop = token.token_id in sequence.stop_token_ids
+        num_output_tokens = len(sequence.output_token_ids)
+        matcher = sequence.grammar
+        reason: FinishReason | None = None
+        if is_stop and num_output_tokens > sequence.params.min_tokens:
+            reason = "stop"
+        elif matcher is not None and matcher.is_finished():
+            reason, is_stop = "stop", False
+        elif num_output_tokens >= sequence.max_tokens:
+            reason, is_stop = "length", False
+        logprobs = (token.logprobs,) if token.logprobs is not None else None
+        if reason is None:
+            return self._delta(sequence, (token.token_id,), logprobs)
+        stop_token_id = token.token_id if is_stop else None
+        return self._finish(
+            sequence, reason, token_ids=(token.token_id,), logprobs=logprobs, stop_token_id=stop_token_id
+        )
+
+    def _finish_failed(self, sequence: Sequence, error: EngineError) -> RequestDelta:
+        """End a sequence whose keys and values may be wrong: no later prompt may share them."""
+        self.blocks.forget(sequence)
+        return self._finish(sequence, "error", error=error)
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        *,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] | None = None,
+        stop_token_id: int | None = None,
+        score: float | None = None,
+        error: EngineError | None = None,
+        is_queued: bool = True,
+    ) -> RequestDelta:
+        """The only way out: forget the sequence, free what it holds, and return its final delta."""
+        del self._sequences[sequence.request_id]
+        future = self._compiling.pop(sequence.request_id, None)
+        if future is not None:
+            future.cancel()
+        elif is_queued:
+            self.scheduler.remove(sequence)
+        ref = sequence.adapter
+        if ref is not None:
+            self._num_users[ref] -= 1
+            if not self._num_users[ref]:
+                del self._num_users[ref]
+                self._forget_unused(ref)
+        return self._delta(
+            sequence,
+            token_ids,
+            logprobs,
+            finish_reason=reason,
+            stop_token_id=stop_token_id,
+            score=score,
+            error=error.info() if error is not None else None,
+        )
+
+    def _delta(
+        self,
+        sequence: Sequence,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...] | None,
+        *,
+        finish_reason: FinishReason | None = None,
+        stop_token_id: int | None = None,
+        score: float | None = None,
+        error: ErrorInfo | None = None,
+    ) -> RequestDelta:
+        prompt_logprobs = None
+        num_cached_tokens, queued_s = 0, 0.0
+        if not sequence.has_sent_delta:
+            first_s = sequence.first_scheduled_s
+            queued_s = (time.perf_counter() if first_s is None else first_s) - sequence.arrival_s
+            num_cached_tokens = sequence.num_cached_tokens
+            if sequence.wants_prompt_logprobs and error is None:
+                prompt_logprobs = tuple(sequence.prompt_logprobs)
+            sequence.has_sent_delta = True
+        return RequestDelta(
+            request_id=sequence.request_id,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            num_cached_tokens=num_cached_tokens,
+            queued_s=queued_s,
+            score=score,
+            finish_reason=finish_reason,
+            stop_token_id=stop_token_id,
+            error=error,
+        )
+
+    # Small steps.
+
+    def _check(self, request: GenerateRequest) -> None:
+        """Raise RequestError for what would break a batch or could never run."""
+        tokens = request.prompt_token_ids
+        if not tokens:
+            raise RequestError("The prompt is empty; at least one token is needed.", "prompt")
+        if not 0 <= min(tokens) <= max(tokens) < self._vocab_size:
+            bad = next(token for token in tokens if not 0 <= token < self._vocab_size)
+            raise RequestError(
+                f"The prompt holds token id {bad}; this model knows 0 to {self._vocab_size - 1}.",
+                "prompt",
+            )
+        num_new_tokens = 0 if request.task == "score" else 1
+        if len(tokens) + num_new_tokens > self._max_len:
+            raise ContextLengthExceeded(len(tokens), request.params.max_tokens, self._max_len)
+        if request.task == "score" and request.adapter is None:
+            raise RequestError("The base model has no score head; name a reward adapter.", "model")
+
+    def _poll_grammars(self) -> None:
+        """Queue the sequences whose grammar has been compiled; end those whose grammar is wrong."""
+        ready = [request_id for request_id, future in self._compiling.items() if future.done()]
+        for request_id in ready:
+            sequence = self._sequences[request_id]
+            future = self._compiling[request_id]
+            try:
+                sequence.grammar = future.result().matcher()
+            except EngineError as error:
+                self._outbox.append(self._finish(sequence, "error", error=error))
+                continue
+            except Exception as error:  # the compiler's boundary: its failure is that request's
+                logger.exception("A grammar could not be compiled.")
+                failure = GrammarError(f"The grammar could not be compiled: {error}")
+                self._outbox.append(self._finish(sequence, "error", error=failure))
+                continue
+            del self._compiling[request_id]
+            self.scheduler.add(sequence)
+
+    def _forget_unused(self, ref: AdapterRef) -> None:
+        if ref in self._unloads and ref not in self._num_users:
+            self.scheduler.pinned.discard(ref)
+            self._pool.unload(ref)
+            self._replies += [AdapterReply(command_id=i) for i in self._unloads.pop(ref)]
+
+    def _stats(self, step_s: float, num_step_tokens: int) -> EngineStats:
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting) + len(self._compiling),
+            kv_cache_usage=self.blocks.usage,
+            num_preemptions=self.scheduler.num_preemptions,
+            prefix_cache_queries=self.blocks.prefix_cache_queries,
+            prefix_cache_hits=self.blocks.prefix_cache_hits,
+            step_s=step_s,
+            num_step_tokens=num_step_tokens,
+            resident_adapters=self._pool.resident,
+            num_adapter_loads=self._pool.num_loads,
+            num_adapter_evictions=self._pool.num_evictions,
+            adapter_load_s=self._pool.load_s,
+        )
+
+
+def _error_delta(request_id: str, error: EngineError) -> RequestDelta:
+    return RequestDelta(request_id=request_id, finish_reason="error", error=error.info())
+
+
+def _as_engine_error(error: Exception) -> EngineError:
+    if isinstance(error, EngineError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return NotEnoughMemory(
+            "The device ran out of memory on this request. Lower --gpu-memory-utilization or "
+            "--max-num-batched-tokens so that activations fit."
+        )
+    return EngineError(f"The model failed on this request: {type(error).__name__}: {error}")

@@ -1,0 +1,210 @@
+"""Runs the model on one step's batch and reads off what the step needs: logits, prompt log-probabilities, scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from engine.api import GenerateRequest, SamplingParams, TokenLogprobs
+from engine.batch import Batch, make_batch
+from engine.errors import NotEnoughMemory
+from engine.kv_cache import KVCaches, allocate_kv_caches
+from engine.model_config import ModelSpec
+from engine.sequence import Sequence
+
+PROMPT_LOGPROB_ROWS = 256
+"""Prompt tokens whose logits exist at one time: float32 rows of the vocabulary are large."""
+
+
+class Model(Protocol):
+    """What the runner needs of a model; engine.model.CausalLM, or a fake in tests."""
+
+    def __call__(self, batch: Batch, kv_caches: KVCaches, lora: Any) -> torch.Tensor: ...
+
+    def logits(self, hidden: torch.Tensor, lora: Any) -> torch.Tensor: ...
+
+
+class LoraRows(Protocol):
+    """What the runner needs of the LoRA pool."""
+
+    def batch(self, rows: list[int], scales: list[float]) -> Any: ...
+
+    def score(self, row: int, hidden: torch.Tensor) -> float: ...
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step computed."""
+
+    logits: torch.Tensor  # float32 [num_rows, vocab_size]
+    sampled: list[Sequence]
+    """[num_rows]: the sequences that get a token."""
+    prompt_logprobs: list[tuple[Sequence, list[TokenLogprobs | None]]] = field(default_factory=list)
+    """The new entries of sequences that asked for them."""
+    scores: list[tuple[Sequence, float]] = field(default_factory=list)
+
+
+class ModelRunner:
+    """The model, its KV caches and the pool of adapters, on one device."""
+
+    def __init__(
+        self,
+        model: Model,
+        kv_caches: KVCaches,
+        lora_pool: LoraRows,
+        *,
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.kv_caches = kv_caches
+        self.lora_pool = lora_pool
+        self.block_size = block_size
+        self.device = device
+
+    @torch.inference_mode()
+    def run(self, items: list[tuple[Sequence, int]]) -> StepResult:
+        """Run the scheduled tokens: writes their keys and values, changes no sequence.
+
+        Raises:
+            AdapterError: a score request's adapter has no score head.
+            RuntimeError: whatever the device says, out of memory among it.
+        """
+        batch = make_batch(items, block_size=self.block_size, device=self.device)
+        lora = self.lora_pool.batch(batch.lora_indices, batch.lora_scales)
+        hidden = self.model(batch, self.kv_caches, lora)  # [num_tokens, hidden_size]
+        rows, sampled, scores = [], [], []
+        for row, sequence in zip(batch.logit_rows, batch.finishing, strict=True):
+            if sequence.request.task == "score":
+                scores.append((sequence, self.lora_pool.score(sequence.lora_row, hidden[row])))
+            else:
+                rows.append(row)
+                sampled.append(sequence)
+        return StepResult(
+            logits=self._logits(hidden, lora, rows),
+            sampled=sampled,
+            prompt_logprobs=self._prompt_logprobs(items, hidden, lora),
+            scores=scores,
+        )
+
+    def _logits(self, hidden: torch.Tensor, lora: Any, rows: list[int]) -> torch.Tensor:
+        """float32 [len(rows), vocab_size]; an empty tensor where no row is asked for."""
+        if not rows:
+            return torch.empty(0, 0)
+        if len(rows) == len(hidden):
+            return self.model.logits(hidden, lora)
+        index = torch.tensor(rows, dtype=torch.int64).to(self.device, non_blocking=True)
+        return self.model.logits(hidden[index], lora.select(rows) if lora is not None else None)
+
+    def _prompt_logprobs(
+        self, items: list[tuple[Sequence, int]], hidden: torch.Tensor, lora: Any
+    ) -> list[tuple[Sequence, list[TokenLogprobs | None]]]:
+        found = []
+        first_row = 0
+        for sequence, num_new_tokens in items:
+            if sequence.wants_prompt_logprobs:
+                found.append(
+                    (sequence, self._entries(sequence, num_new_tokens, hidden, lora, first_row))
+                )
+            first_row += num_new_tokens
+        return found
+
+    def _entries(
+        self,
+        sequence: Sequence,
+        num_new_tokens: int,
+        hidden: torch.Tensor,
+        lora: Any,
+        first_row: int,
+    ) -> list[TokenLogprobs | None]:
+        """Each row tells the log-probability of the token after it; the prompt's first token has none."""
+        start = sequence.num_computed_tokens
+        targets = sequence.prompt_token_ids[start + 1 : start + num_new_tokens + 1]
+        num_top = sequence.params.prompt_logprobs or 0
+        entries: list[TokenLogprobs | None] = [None] if start == 0 else []
+        for offset in range(0, len(targets), PROMPT_LOGPROB_ROWS):
+            piece = targets[offset : offset + PROMPT_LOGPROB_ROWS]
+            rows = list(range(first_row + offset, first_row + offset + len(piece)))
+            entries += token_logprobs(self._logits(hidden, lora, rows), piece, num_top)
+        return entries
+
+
+def token_logprobs(
+    logits: torch.Tensor, token_ids: tuple[int, ...], num_top: int
+) -> list[TokenLogprobs]:
+    """Log-probabilities of given tokens and of the most likely ones.
+
+    Args:
+        logits: float32 [n, vocab_size].
+        token_ids: n tokens, one per row.
+        num_top: how many of the most likely tokens to report.
+    """
+    logprobs = logits.log_softmax(dim=-1)
+    index = torch.tensor(token_ids, dtype=torch.int64, device=logits.device)
+    chosen = logprobs.gather(1, index[:, None]).squeeze(1).tolist()
+    if num_top == 0:
+        return [TokenLogprobs(t, value) for t, value in zip(token_ids, chosen, strict=True)]
+    values, ids = logprobs.topk(min(num_top, logits.shape[1]), dim=-1)
+    tops = [
+        tuple(zip(row_ids, row_values, strict=True))
+        for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True)
+    ]
+    return [
+        TokenLogprobs(token_id, value, top)
+        for token_id, value, top in zip(token_ids, chosen, tops, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def measure_activation_bytes(
+    model: Model,
+    spec: ModelSpec,
+    *,
+    cache_dtype: torch.dtype,
+    block_size: int,
+    num_tokens: int,
+    num_seqs: int,
+    max_model_len: int,
+    device: torch.device,
+) -> int:
+    """Peak memory of the largest step on CUDA, beyond what is allocated now: a full batch of prompt tokens is run.
+
+    Raises:
+        NotEnoughMemory: the device cannot hold that step.
+    """
+    longest = min(num_tokens, max_model_len)
+    blocks_per_seq = -(-longest // block_size)
+    torch.cuda.synchronize(device)
+    before_bytes = torch.cuda.memory_allocated(device)
+    try:
+        kv_caches = allocate_kv_caches(
+            spec, num_blocks=blocks_per_seq, block_size=block_size, dtype=cache_dtype, device=device
+        )
+        cache_bytes = torch.cuda.memory_allocated(device) - before_bytes
+        torch.cuda.reset_peak_memory_stats(device)
+        items = []
+        for start in range(0, num_tokens, longest):
+            length = min(longest, num_tokens - start)
+            request = GenerateRequest(
+                request_id="profile",
+                prompt_token_ids=(0,) * length,
+                params=SamplingParams(max_tokens=1),
+            )
+            sequence = Sequence(request=request, arrival=0, token_ids=[0] * length)
+            # All share the same blocks: what they hold does not matter here.
+            sequence.block_table = list(range(blocks_per_seq))
+            items.append((sequence, length))
+        batch = make_batch(items, block_size=block_size, device=device)
+        hidden = model(batch, kv_caches, None)
+        logits = model.logits(hidden[: max(num_seqs, PROMPT_LOGPROB_ROWS)], None)
+        # The sampler holds a probability, a sorted copy and an index beside each logit.
+        sampling_bytes = 4 * logits.nbytes
+        torch.cuda.synchronize(device)
+        peak_bytes = torch.cuda.max_memory_allocated(device)
+    except torch.OutOfMemoryError as error:
+        raise NotEnoughMemory(
+            f"A step of {num_tokens} tokens does not fit beside the weights: {error} Lower --max-num-batched-tokens."
+        ) from error
+    return peak_bytes - before_bytes - cache_bytes + sampling_bytes

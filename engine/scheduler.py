@@ -1,0 +1,273 @@
+"""What runs in the next step: one flat batch of decodes and prompt chunks.
+
+Order     decodes first, so a long prompt never stalls running streams; then started prompts and new admissions, by
+          priority, under max_num_batched_tokens and max_num_seqs.
+Blocks    a sequence is admitted when all blocks its present tokens need are there and every running sequence could
+          still grow by one. When a decode finds no block, the sequence of the lowest priority, the newest first, is
+          preempted: its blocks go back, its tokens stay, it is recomputed later.
+Rows      an adapter's row of the LoRA pool is held from admission to end or preemption. A sequence whose adapter is
+          not ready waits, others pass. When all rows are in use and an adapter waits for one, the adapter that has
+          held its row longest admits nobody more until the waiting one has got a row: rows go round.
+Fairness  between adapters: engine/waiting_queue.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from engine.api import AdapterRef
+from engine.block_manager import BlockManager
+from engine.config import SchedulerConfig
+from engine.errors import EngineError
+from engine.sequence import Sequence
+from engine.waiting_queue import AdapterKey, WaitingQueue
+
+
+class AdapterRows(Protocol):
+    """What the scheduler needs of the LoRA pool."""
+
+    def acquire(self, ref: AdapterRef) -> int | None: ...
+
+    def release(self, ref: AdapterRef) -> None: ...
+
+    @property
+    def resident(self) -> tuple[tuple[int, int], ...]: ...
+
+
+@dataclass(slots=True)
+class Schedule:
+    """One step: (sequence, number of its tokens to run), decodes first; and who cannot run at all."""
+
+    items: list[tuple[Sequence, int]] = field(default_factory=list)
+    failed: list[tuple[Sequence, EngineError]] = field(default_factory=list)
+    """Taken out of the queue: their adapter could not be loaded."""
+    num_preempted: int = 0
+
+
+@dataclass(slots=True)
+class _Drain:
+    """One adapter stops admitting until another has got a row."""
+
+    victim: AdapterRef
+    beneficiary: AdapterRef
+
+
+class Scheduler:
+    """Decides; owns the waiting and the running sequences, their blocks and their rows."""
+
+    def __init__(
+        self, config: SchedulerConfig, blocks: BlockManager, rows: AdapterRows, num_rows: int
+    ) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []
+        self.pinned: set[AdapterRef] = set()
+        """Adapters that keep their row while idle; the engine keeps this up to date."""
+        self.num_preemptions = 0
+        self._rows = rows
+        self._num_rows = num_rows
+        self._num_running: Counter[AdapterKey] = Counter()
+        self._row_since: dict[AdapterRef, int] = {}  # insertion order: longest held first
+        self._drain: _Drain | None = None
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence, new or preempted."""
+        self.waiting.add(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence that has ended, running or waiting; its blocks and its row are free afterwards."""
+        if sequence.block_table:
+            self._stop(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> Schedule:
+        """Choose the next step's tokens. Blocks for all of them are allocated when this returns."""
+        schedule = Schedule()
+        self.running.sort(key=_order)
+        budget = self._place_decodes(schedule)
+        started = [s for s in self.running if s.num_missing_tokens > 1]
+        # What a preemption has freed is for those that run; admitting now would preempt again soon.
+        may_admit = schedule.num_preempted == 0
+        passed_over: set[AdapterKey] = set()
+        blocked: list[AdapterRef] = []
+        if self._drain is not None:
+            passed_over.add(self._drain.victim)
+        while budget > 0:
+            sequence = None
+            if may_admit and len(self.running) < self.config.max_num_seqs:
+                sequence = self.waiting.next(self._num_running, passed_over)
+            if started and (
+                sequence is None or started[0].request.priority <= sequence.request.priority
+            ):
+                sequence = started.pop(0)
+            elif sequence is None:
+                break
+            elif not self._acquire_row(sequence, schedule, passed_over, blocked):
+                continue
+            elif not self._admit(sequence):
+                may_admit = False  # nobody overtakes a long prompt that waits for blocks
+                continue
+            num_new_tokens = min(sequence.num_missing_tokens, budget)
+            schedule.items.append((sequence, num_new_tokens))
+            budget -= num_new_tokens
+        if len(self.running) >= self.config.max_num_seqs:
+            self._prepare_next(passed_over, blocked)
+        self._rotate_rows(blocked)
+        return schedule
+
+    def complete(self, items: list[tuple[Sequence, int]]) -> None:
+        """Note that these tokens have been computed; call it before new tokens are appended."""
+        for sequence, num_new_tokens in items:
+            sequence.num_computed_tokens += num_new_tokens
+            self.blocks.commit(sequence)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless queues, blocks and row counts agree."""
+        waiting = list(self.waiting)
+        assert len(waiting) == len(self.waiting), "the queue has lost count"
+        assert not set(map(id, waiting)) & set(map(id, self.running)), "a sequence waits and runs"
+        for sequence in waiting:
+            assert not sequence.block_table and sequence.lora_row == -1, "a waiting sequence holds resources"
+            assert sequence.num_computed_tokens == 0
+        for sequence in self.running:
+            capacity = len(sequence.block_table) * self.blocks.block_size
+            assert sequence.num_computed_tokens <= capacity, "computed tokens without a block"
+            assert sequence.num_missing_tokens >= 1, "a running sequence has nothing to do"
+            assert (sequence.adapter is None) == (sequence.lora_row == -1), "a row without an adapter"
+        running = Counter(sequence.adapter for sequence in self.running)
+        assert running == +self._num_running, f"{running} run, {self._num_running} were counted"
+        assert set(self._row_since) == {ref for ref in running if ref is not None}
+        assert len(self.running) <= self.config.max_num_seqs
+        self.blocks.check_integrity(self.running)
+
+    def _place_decodes(self, schedule: Schedule) -> int:
+        """One token for each sequence that lacks one, blocks permitting; returns the budget that is left."""
+        budget = self.config.max_num_batched_tokens
+        index = 0
+        while index < len(self.running):
+            sequence = self.running[index]
+            index += 1
+            if sequence.num_missing_tokens != 1:
+                continue  # a prompt: it has had its blocks since its admission
+            while not self.blocks.extend(sequence):
+                victim = self.running[-1]  # sorted: the lowest priority, the newest
+                self._preempt(victim)
+                schedule.num_preempted += 1
+                if victim is sequence:
+                    break
+            if sequence.block_table:
+                schedule.items.append((sequence, 1))
+                budget -= 1
+        return budget
+
+    def _acquire_row(
+        self,
+        sequence: Sequence,
+        schedule: Schedule,
+        passed_over: set[AdapterKey],
+        blocked: list[AdapterRef],
+    ) -> bool:
+        """Get the pool row a sequence needs; False when it must wait or has failed."""
+        ref = sequence.adapter
+        if ref is None:
+            return True
+        if len(blocked) >= self._num_rows and not self._is_resident(ref):
+            passed_over.add(ref)  # enough are being loaded; more would only push each other out
+            return False
+        try:
+            row = self._rows.acquire(ref)
+        except EngineError as error:
+            self.waiting.remove(sequence)
+            schedule.failed.append((sequence, error))
+            return False
+        if row is None:
+            passed_over.add(ref)
+            blocked.append(ref)
+            return False
+        sequence.lora_row = row
+        return True
+
+    def _prepare_next(self, passed_over: set[AdapterKey], blocked: list[AdapterRef]) -> None:
+        """All places are taken: start loading for the one whose turn it is, so that it need not wait twice."""
+        sequence = self.waiting.next(self._num_running, passed_over)
+        ref = sequence.adapter if sequence is not None else None
+        if ref is None or ref in self._row_since:
+            return
+        try:
+            row = self._rows.acquire(ref)
+        except EngineError:
+            return  # told when its turn comes
+        if row is None:
+            blocked.append(ref)
+        else:
+            self._rows.release(ref)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        if not self.blocks.admit(sequence, num_spare=len(self.running)):
+            self._release_row(sequence)
+            return False
+        self.waiting.take_turn(sequence)
+        self.running.append(sequence)
+        self._num_running[sequence.adapter] += 1
+        if sequence.adapter is not None:
+            self._row_since.setdefault(sequence.adapter, sequence.arrival)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._stop(sequence)
+        sequence.forget_computed()
+        self.waiting.add(sequence)
+        self.num_preemptions += 1
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Take a sequence out of the running ones and free what it holds."""
+        self.running.remove(sequence)
+        self.blocks.release(sequence)
+        self._release_row(sequence)
+        self._num_running[sequence.adapter] -= 1
+        if not self._num_running[sequence.adapter]:
+            del self._num_running[sequence.adapter]
+            if sequence.adapter is not None:
+                del self._row_since[sequence.adapter]
+
+    def _release_row(self, sequence: Sequence) -> None:
+        if sequence.lora_row != -1:
+            assert sequence.adapter is not None
+            self._rows.release(sequence.adapter)
+            sequence.lora_row = -1
+
+    def _rotate_rows(self, blocked: list[AdapterRef]) -> None:
+        """Start, keep or end a drain; `blocked` are the adapters that found no row in this step, in turn order."""
+        drain = self._drain
+        if drain is not None:
+            has_row = drain.beneficiary in self._row_since
+            lost_the_race = drain.victim not in self._row_since and self._all_rows_in_use()
+            if not has_row and not lost_the_race and self._may_drain(drain):
+                return
+            self._drain = None
+        if blocked and self._all_rows_in_use():
+            candidates = (_Drain(ref, blocked[0]) for ref in self._row_since)
+            self._drain = next(filter(self._may_drain, candidates), None)
+
+    def _may_drain(self, drain: _Drain) -> bool:
+        """Whether somebody still waits for the row, and nobody more urgent for the one who has it."""
+        urgency = self.waiting.best_priority(drain.beneficiary)
+        if urgency is None or drain.victim in self.pinned:
+            return False
+        other = self.waiting.best_priority(drain.victim)
+        return other is None or urgency <= other
+
+    def _all_rows_in_use(self) -> bool:
+        num_idle_pinned = sum(1 for ref in self.pinned if ref not in self._row_since)
+        return len(self._row_since) + num_idle_pinned >= self._num_rows
+
+    def _is_resident(self, ref: AdapterRef) -> bool:
+        return (ref.uid, ref.generation) in self._rows.resident
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order

@@ -1,0 +1,451 @@
+"""The worker's other end: starts the engine worker, talks to it, and starts another when it dies.
+
+Per worker two threads: one reads its messages and hands them to the event loop, one writes commands, so that neither
+a slow client nor a worker in the middle of a long step ever blocks the loop. Per request one unbounded queue.
+
+When the worker dies every waiting request ends with one final delta, code "engine_restarting", and a new worker is
+started; MAX_DEATHS deaths within DEATH_WINDOW_S seconds are taken for a fault that restarts cannot mend.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import queue
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from engine.api import (
+    AdapterRef,
+    AdapterReply,
+    CancelRequest,
+    Command,
+    EngineInfo,
+    EngineStats,
+    ErrorInfo,
+    GenerateRequest,
+    LoadAdapter,
+    LoadProgress,
+    RequestDelta,
+    Shutdown,
+    StepOutput,
+    UnloadAdapter,
+    WorkerFailed,
+)
+from engine.config import EngineConfig
+from engine.errors import EngineError, WorkerDied
+from engine.worker import run_worker
+
+if TYPE_CHECKING:
+    from engine.lora import LoraWeights
+
+logger = logging.getLogger(__name__)
+
+State = Literal["loading", "ready", "restarting", "failed", "stopped"]
+
+MAX_DEATHS = 5
+DEATH_WINDOW_S = 60.0
+FIRST_BACKOFF_S = 0.5
+MAX_BACKOFF_S = 10.0
+SHUTDOWN_S = 5.0
+"""How long a worker may take to obey Shutdown before it is killed."""
+
+
+class EngineClient:
+    """One engine worker at a time, seen from the event loop. Methods are called on the loop's thread."""
+
+    def __init__(
+        self, config: EngineConfig, folder: Path, load_adapter: Callable[[AdapterRef], LoraWeights]
+    ) -> None:
+        """
+        Args:
+            config: passed to the worker.
+            folder: of the base model.
+            load_adapter: a module-level function: it is sent to another process by name.
+        """
+        self._config = config
+        self._folder = folder
+        self._load_adapter = load_adapter
+        self.state: State = "loading"
+        self.info: EngineInfo | None = None
+        self.stats = EngineStats()
+        self.progress: LoadProgress | None = None
+        self.num_restarts = 0
+        self.last_error: EngineError | None = None
+        """Why the last worker ended."""
+        self.on_restart: Callable[[], Awaitable[None]] | None = None
+        """Awaited when a new worker is ready and before requests reach it: load the adapters again."""
+        self._worker: _Worker | None = None
+        self._ready: asyncio.Future[EngineInfo] | None = None
+        self._requests: dict[str, asyncio.Queue[RequestDelta]] = {}
+        self._commands: dict[int, asyncio.Future[AdapterReply]] = {}
+        self._num_commands = 0
+        self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+        self._supervisor: asyncio.Task[None] | None = None
+
+    async def start(self) -> EngineInfo:
+        """Start the worker and wait until it is ready.
+
+        Raises:
+            EngineError: the worker's own error when it cannot start; the client is stopped then.
+        """
+        assert self._worker is None, "start() is called once"
+        self.state = "loading"
+        try:
+            info = await self._launch()
+            if self._worker is None or not self._worker.is_alive:
+                raise self.last_error or WorkerDied("The engine worker ended as soon as it was ready.")
+        except BaseException as error:
+            if isinstance(error, EngineError):
+                self.last_error = error
+            self.state = "stopped"
+            await self._close_worker(0.0)
+            raise
+        self.state = "ready"
+        return info
+
+    async def stop(self, timeout_s: float) -> None:
+        """Refuse new requests, let running ones finish for `timeout_s`, cancel the rest and end the worker."""
+        self.state = "stopped"
+        deadline_s = time.monotonic() + timeout_s
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(self._unavailable())
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+            self._supervisor = None
+        while self._requests and self._worker is not None and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.02)
+        await self._close_worker(SHUTDOWN_S)
+        self._end_all(None)
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[RequestDelta]:
+        """What the request produces, up to and with exactly one final delta; closing it early cancels the request."""
+        if self.state != "ready":
+            yield _error_delta(request.request_id, self._unavailable())
+            return
+        if request.request_id in self._requests:
+            raise ValueError(f"request_id: expected a new one, got {request.request_id!r} again")
+        deltas: asyncio.Queue[RequestDelta] = asyncio.Queue()
+        self._requests[request.request_id] = deltas
+        self._send(request)
+        try:
+            while True:
+                delta = await deltas.get()
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            # The final delta has removed the entry; what is still there has been abandoned.
+            if self._requests.get(request.request_id) is deltas:
+                del self._requests[request.request_id]
+                self._send(CancelRequest(request_id=request.request_id))
+
+    async def load_adapter(self, ref: AdapterRef, pinned: bool = False) -> AdapterReply:
+        """Have the worker read, check and place an adapter.
+
+        Raises:
+            EngineError: the adapter is refused, or the worker is not there or dies meanwhile.
+        """
+        self._num_commands += 1
+        return await self._command(
+            LoadAdapter(command_id=self._num_commands, ref=ref, pinned=pinned)
+        )
+
+    async def unload_adapter(self, ref: AdapterRef) -> None:
+        """Have the worker forget an adapter; returns when no request uses it any more.
+
+        Raises:
+            EngineError: the worker is not there or dies meanwhile.
+        """
+        self._num_commands += 1
+        await self._command(UnloadAdapter(command_id=self._num_commands, ref=ref))
+
+    async def _command(self, command: LoadAdapter | UnloadAdapter) -> AdapterReply:
+        if self._worker is None or self.state not in ("ready", "restarting"):
+            raise self._unavailable()
+        future: asyncio.Future[AdapterReply] = asyncio.get_running_loop().create_future()
+        self._commands[command.command_id] = future
+        self._send(command)
+        try:
+            reply = await future
+        finally:
+            self._commands.pop(command.command_id, None)
+        if reply.error is not None:
+            raise error_from_info(reply.error)
+        return reply
+
+    # The worker.
+
+    async def _launch(self) -> EngineInfo:
+        """Start a worker and wait until it is ready or has failed."""
+        loop = asyncio.get_running_loop()
+        self._ready = loop.create_future()
+        self.progress = None
+        self._worker = _Worker(
+            self._config, self._folder, self._load_adapter, loop, self._on_message, self._on_death
+        )
+        self.info = await self._ready
+        return self.info
+
+    async def _close_worker(self, timeout_s: float) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await worker.close(timeout_s)
+
+    def _send(self, command: Command) -> None:
+        if self._worker is not None:
+            self._worker.send(command)
+
+    def _on_message(self, worker: _Worker, message: object) -> None:
+        """Deliver one message of the worker; late and unknown ones are dropped."""
+        if worker is not self._worker and not worker.is_closing:
+            return
+        if isinstance(message, StepOutput):
+            self.stats = message.stats
+            for delta in message.deltas:
+                self._deliver(delta)
+        elif isinstance(message, AdapterReply):
+            future = self._commands.get(message.command_id)
+            if future is not None and not future.done():
+                future.set_result(message)
+        elif isinstance(message, LoadProgress):
+            self.progress = message
+        elif isinstance(message, EngineInfo):
+            if self._ready is not None and not self._ready.done():
+                self._ready.set_result(message)
+        elif isinstance(message, WorkerFailed):
+            worker.failure = error_from_info(message.error)
+        else:
+            logger.error("The engine worker sent a message of unknown type: %r", type(message))
+
+    def _deliver(self, delta: RequestDelta) -> None:
+        if delta.finish_reason is None:
+            deltas = self._requests.get(delta.request_id)
+        else:
+            deltas = self._requests.pop(delta.request_id, None)
+        if deltas is not None:
+            deltas.put_nowait(delta)
+
+    def _on_death(self, worker: _Worker, description: str) -> None:
+        """The worker's pipe has closed: fail whoever waits for it, and start another unless it was told to end."""
+        if worker is not self._worker:
+            return
+        error = worker.failure or WorkerDied(f"The engine worker {description}.")
+        self.last_error = error
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(error)  # start() or the supervisor deals with it
+            return
+        if self.state not in ("ready", "restarting"):
+            return
+        logger.error("%s Starting a new worker.", error)
+        self.state = "restarting"
+        self._end_all(
+            WorkerDied(
+                f"The engine worker ended while this request was running ({description}). "
+                f"A new one is being started; send the request again."
+            )
+        )
+        if self._supervisor is None or self._supervisor.done():
+            self._supervisor = asyncio.get_running_loop().create_task(self._restart())
+
+    async def _restart(self) -> None:
+        """Start workers until one is ready, ever more slowly; give up when they keep dying."""
+        backoff_s = 0.0
+        while True:
+            await self._close_worker(0.0)
+            self._end_all(self._unavailable())
+            self._deaths.append(time.monotonic())
+            if (
+                len(self._deaths) == MAX_DEATHS
+                and self._deaths[-1] - self._deaths[0] < DEATH_WINDOW_S
+            ):
+                self.state = "failed"
+                logger.critical(
+                    "The engine worker died %d times within %.0f s; giving up. Last error: %s",
+                    MAX_DEATHS, DEATH_WINDOW_S, self.last_error,
+                )  # fmt: skip
+                return
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(max(FIRST_BACKOFF_S, 2 * backoff_s), MAX_BACKOFF_S)
+            try:
+                await self._launch()
+            except EngineError as error:
+                logger.error("The new engine worker could not start: %s", error)
+                continue
+            worker = self._worker
+            self.num_restarts += 1
+            if self.on_restart is not None:
+                try:
+                    await self.on_restart()
+                except Exception:  # the hook's boundary: adapters are also loaded when first used
+                    logger.exception("Adapters could not be loaded again after a restart.")
+            if worker is not None and worker.is_alive:
+                self.state = "ready"
+                return
+
+    def _end_all(self, error: EngineError | None) -> None:
+        """End every waiting request and command: with an error, or as cancelled when there is none."""
+        for request_id in list(self._requests):
+            if error is None:
+                self._deliver(RequestDelta(request_id=request_id, finish_reason="cancelled"))
+            else:
+                self._deliver(_error_delta(request_id, error))
+        for future in self._commands.values():
+            if not future.done():
+                future.set_exception(error or self._unavailable())
+
+    def _unavailable(self) -> EngineError:
+        if self.state == "failed":
+            return WorkerDied(
+                f"The engine has failed and was given up; restart the server. Last error: {self.last_error}"
+            )
+        reasons = {
+            "loading": "The engine is still loading the model; try again soon.",
+            "restarting": "The engine worker is being restarted; try again in a few seconds.",
+            "ready": "The engine worker has just ended; try again in a few seconds.",
+            "stopped": "The server is shutting down.",
+        }
+        return WorkerDied(reasons[self.state])
+
+
+class _Worker:
+    """One worker process with its pipe and the two threads that serve it."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        folder: Path,
+        load_adapter: Callable[[AdapterRef], LoraWeights],
+        loop: asyncio.AbstractEventLoop,
+        on_message: Callable[[_Worker, object], None],
+        on_death: Callable[[_Worker, str], None],
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._conn, child_conn = context.Pipe()
+        self.process = context.Process(
+            target=run_worker,
+            args=(child_conn, config, folder, load_adapter),
+            name="engine-worker",
+            daemon=True,
+        )
+        with _interrupts_blocked():
+            self.process.start()
+        child_conn.close()  # so that its end closes with the child
+        self.failure: EngineError | None = None
+        self.is_alive = True
+        self.is_closing = False
+        self._loop = loop
+        self._on_message = on_message
+        self._on_death = on_death
+        self._outgoing: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._read, name="engine-reader", daemon=True),
+            threading.Thread(target=self._write, name="engine-writer", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def send(self, command: Command) -> None:
+        """Queue a command; lost without a word when the worker dies, which its death then tells."""
+        self._outgoing.put(command)
+
+    async def close(self, timeout_s: float) -> None:
+        """Ask the worker to end, kill it after `timeout_s`, and leave nothing behind. Its last messages still arrive."""
+        self.is_closing = True
+        self.send(Shutdown())
+        await asyncio.get_running_loop().run_in_executor(None, self._join, timeout_s)
+        await asyncio.sleep(0)  # what the reader handed over last
+
+    def _join(self, timeout_s: float) -> None:
+        self.process.join(timeout_s)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self._outgoing.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._conn.close()
+        self.process.close()
+
+    def _read(self) -> None:
+        """Hand the worker's messages to the loop until its end of the pipe closes."""
+        try:
+            while True:
+                self._call(self._on_message, self._conn.recv())
+        except (EOFError, OSError):
+            pass
+        except Exception:  # the process boundary: a message that cannot be read means a broken worker
+            logger.exception("A message of the engine worker could not be read.")
+            self.process.kill()
+        self.is_alive = False
+        self.process.join(1.0)
+        self._call(self._on_death, _describe_exit(self.process.exitcode))
+
+    def _write(self) -> None:
+        while (command := self._outgoing.get()) is not None:
+            try:
+                self._conn.send(command)
+            except (OSError, ValueError):
+                pass  # the worker has gone; the reader finds out
+
+    def _call(self, function: Callable[..., None], *args: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(function, self, *args)
+
+
+def error_from_info(info: ErrorInfo) -> EngineError:
+    """The EngineError that an ErrorInfo describes; an unknown code gives the base class with that code."""
+    kind = _classes_by_code().get(info.code, EngineError)
+    error = kind.__new__(kind)
+    Exception.__init__(error, info.message)
+    error.code = info.code
+    error.param = info.param
+    return error
+
+
+def _classes_by_code() -> dict[str, type[EngineError]]:
+    found: dict[str, type[EngineError]] = {}
+    pending: list[type[EngineError]] = [EngineError]
+    while pending:
+        kind = pending.pop()
+        found.setdefault(kind.code, kind)
+        pending += kind.__subclasses__()
+    return found
+
+
+def _error_delta(request_id: str, error: EngineError) -> RequestDelta:
+    return RequestDelta(request_id=request_id, finish_reason="error", error=error.info())
+
+
+def _describe_exit(exit_code: int | None) -> str:
+    if exit_code is None:
+        return "closed its pipe"
+    if exit_code >= 0:
+        return f"ended with exit code {exit_code}"
+    name = signal.Signals(-exit_code).name
+    hint = ", perhaps because the machine ran out of memory" if name == "SIGKILL" else ""
+    return f"was ended by {name}{hint}"
+
+
+@contextlib.contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Start a child with SIGINT blocked: it imports for seconds before it can ignore Ctrl-C itself."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # else starting it below would unblock SIGINT again
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
