@@ -45,6 +45,9 @@ class LoraWeights:
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
     """Full tensors instead of the base's, by parameter path: "lm_head.weight", "score.weight",
     "model.embed_tokens.weight" (modules_to_save) and "....q_proj.bias" (bias="lora_only")."""
+    base_copies: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Matrices of the base, by parameter path, that peft stores beside the LoRA of an embedding or a
+    head. They count as replaced only where they differ from the base's."""
     base_fingerprint: str | None = None
     """Fingerprint of the base it was trained on, where the file names one."""
 
@@ -174,17 +177,16 @@ class LoraBatch:
             if module is None:
                 continue
             tokens = self._tokens_of(row)
-            ids, base, scales = (
-                input_ids[tokens],
-                hidden[tokens].float(),
-                self.lora_scales[tokens, None],
-            )
+            ids, base = input_ids[tokens], hidden[tokens].float()
+            change = torch.zeros_like(base)
             if module.dense is not None:
-                result = base * (1 - scales) + module.dense[ids].float() * scales
-            else:
-                result = base if module.gain is None else base + scales * (module.gain * base)
-                if module.a is not None and module.b is not None:
-                    result = result + scales * linear(module.a[ids], module.b).float()
+                base = base * (1 - self.lora_scales[tokens, None])
+                change = module.dense[ids].float()
+            elif module.gain is not None:
+                change = module.gain * base
+            if module.a is not None and module.b is not None:
+                change = change + linear(module.a[ids], module.b).float()
+            result = base + self.lora_scales[tokens, None] * change
             hidden[tokens] = result.to(hidden.dtype)
         return hidden
 

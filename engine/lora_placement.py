@@ -6,6 +6,7 @@ All of it happens off the step, in the pool's loader thread, except the copy: te
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,7 @@ import torch
 
 from engine.errors import AdapterError
 from engine.lora import EMBEDDING, SCORE_HEAD, LoraModule, LoraWeights, PlacedAdapter, PlacedModule
+from engine.model_config import ModelSpec
 from kernels.nf4 import QuantizedWeight, dequantize_4bit
 
 ALIGNMENT = 64  # bytes; vector loads of every kernel are happy with it
@@ -29,6 +31,7 @@ class BaseLayer(Protocol):
 class BaseModel(Protocol):
     """What the pool needs of the model; engine/model.py's CausalLM."""
 
+    spec: ModelSpec
     embed_tokens: torch.Tensor
 
     def base_linear(self, path: str) -> BaseLayer: ...
@@ -87,10 +90,12 @@ def pack_adapter(
     Raises:
         AdapterError: a value overflows dtype, or a DoRA row has no direction.
     """
+    replaced = {**weights.replaced, **_changed_copies(weights, model)}
     tensors: list[tuple[str, str, torch.Tensor]] = []
-    paths = {*weights.modules, *(parameter.rpartition(".")[0] for parameter in weights.replaced)}
+    paths = {*weights.modules, *(parameter.rpartition(".")[0] for parameter in replaced)}
     for path in sorted(paths):
-        tensors += [(path, *item) for item in _placed_tensors(path, weights, model, dtype)]
+        fields = _placed_tensors(path, weights.modules.get(path), replaced, model, dtype)
+        tensors += [(path, *item) for item in fields]
     entries, size = [], 0
     for path, field, tensor in tensors:
         entries.append(_Entry(path, field, tensor.dtype, tuple(tensor.shape), size))
@@ -102,41 +107,57 @@ def pack_adapter(
     return PackedAdapter(buffer, tuple(entries))
 
 
+def _changed_copies(weights: LoraWeights, model: BaseModel) -> dict[str, torch.Tensor]:
+    """The stored copies of base matrices that are not what this base has, as peft would load them."""
+    changed = {}
+    tied = {f"{EMBEDDING}.weight": "lm_head.weight", "lm_head.weight": f"{EMBEDDING}.weight"}
+    for parameter, copy in weights.base_copies.items():
+        base = _dense_weight(parameter.removesuffix(".weight"), model)
+        if not torch.equal(copy.to(base.device, base.dtype), base):
+            changed[parameter] = copy
+            if model.spec.tie_word_embeddings and tied[parameter] not in weights.replaced:
+                changed.setdefault(tied[parameter], copy)
+    return changed
+
+
 def _placed_tensors(
-    path: str, weights: LoraWeights, model: BaseModel, dtype: torch.dtype
+    path: str,
+    module: LoraModule | None,
+    replaced: Mapping[str, torch.Tensor],
+    model: BaseModel,
+    dtype: torch.dtype,
 ) -> list[tuple[str, torch.Tensor]]:
     """The fields of one layer's PlacedModule, as (name, CPU tensor)."""
-    module = weights.modules.get(path)
-    dense = weights.replaced.get(f"{path}.weight")
-    new_bias = weights.replaced.get(f"{path}.bias")
+    dense = replaced.get(f"{path}.weight")
     if path == SCORE_HEAD:
         assert dense is not None
         return [("dense", dense.float())]
+    new_bias = _host(replaced.get(f"{path}.bias"))
     base_bias = None if path == EMBEDDING else _host(model.base_linear(path).bias)
+    bias = base_bias if new_bias is None else new_bias  # of the adapted layer
     fields: list[tuple[str, torch.Tensor]] = []
+    ratio = None
+    offset = None
     if dense is not None:
-        offset = new_bias.float() if new_bias is not None else base_bias
+        if module is not None and module.magnitude is not None:
+            raise AdapterError(
+                f"{path}: DoRA on a base whose weights the adapter itself replaces is not supported."
+            )
         fields.append(("dense", _cast(dense, dtype, f"{path}.weight")))
+        offset = bias
     elif module is not None and module.magnitude is not None:
-        weight = model.embed_tokens if path == EMBEDDING else model.base_linear(path).weight
-        assert weight is not None
-        ratio = dora_ratio(module, weight, path)
-        fields += _low_rank(path, module, dtype, ratio)
+        ratio = dora_ratio(module, _dense_weight(path, model), path)
         fields.append(("gain", ratio - 1))
-        # The base's output holds its bias b; DoRA scales what is left of it and the new bias b' comes unscaled:
-        # ratio * (y - b) + b' = y + (ratio - 1) * y + (b' - ratio * b).
-        offset = None if base_bias is None else -ratio * base_bias
-        kept = new_bias.float() if new_bias is not None else base_bias
-        if kept is not None:
-            offset = kept if offset is None else offset + kept
-    else:
-        offset = None
-        if module is not None:
-            fields += _low_rank(path, module, dtype, None)
-            offset = None if module.bias is None else module.bias.float()
-        if new_bias is not None:
-            change = new_bias.float() if base_bias is None else new_bias.float() - base_bias
-            offset = change if offset is None else offset + change
+        # The base's output holds its bias b. DoRA scales the rest, and the adapted bias b' comes
+        # unscaled: ratio * (y - b) + b' = y + (ratio - 1) * y + (b' - ratio * b).
+        if bias is not None:
+            offset = bias if base_bias is None else bias - ratio * base_bias
+    elif new_bias is not None:
+        offset = new_bias if base_bias is None else new_bias - base_bias
+    if module is not None:
+        fields += _low_rank(path, module, dtype, ratio)
+        if module.bias is not None:
+            offset = module.bias.float() if offset is None else offset + module.bias.float()
     if offset is not None:
         fields.append(("offset", offset))
     return fields
@@ -153,34 +174,37 @@ def _low_rank(
     ]
 
 
-def dora_ratio(
-    module: LoraModule, weight: QuantizedWeight | torch.Tensor, path: str
-) -> torch.Tensor:
-    """float32 [out_features] on the CPU: magnitude / norm of each row of W + BA (arXiv:2402.09353, equation 5).
+def dora_ratio(module: LoraModule, base: torch.Tensor, path: str) -> torch.Tensor:
+    """float32 [out_features] on the CPU: magnitude / norm of each row of W + BA.
 
-    For an embedding the rows are those of its transpose, as in peft.
+    arXiv:2402.09353, equation 5. For the embedding the rows are those of its transpose, as in peft.
 
     Raises:
         AdapterError: a row of W + BA is zero, so that it has no direction.
     """
     assert module.magnitude is not None
-    base = dequantize_4bit(weight) if isinstance(weight, QuantizedWeight) else weight
     if path == EMBEDDING:
         base = base.T
-    a, b = module.a.to(base.device, torch.float32), module.b.to(base.device, torch.float32)
-    norms = [
-        torch.linalg.vector_norm(
-            torch.addmm(base[start : start + NORM_ROWS].float(), b[start : start + NORM_ROWS], a),
-            dim=1,
-        )
-        for start in range(0, base.shape[0], NORM_ROWS)
-    ]
+    a = module.a.to(base.device, torch.float32)
+    b = module.b.to(base.device, torch.float32)
+    norms = []
+    for start in range(0, base.shape[0], NORM_ROWS):
+        rows = slice(start, start + NORM_ROWS)
+        adapted = torch.addmm(base[rows].float(), b[rows], a)
+        norms.append(torch.linalg.vector_norm(adapted, dim=1))
     norm = torch.cat(norms).cpu()
     if not bool((norm > 0).all()):
         raise AdapterError(
-            f"{path}: DoRA needs the norm of every row of W + BA, and some rows are zero on this base."
+            f"{path}: DoRA divides by the norm of each row of W + BA, and some rows are zero on this base."
         )
     return module.magnitude.float() / norm
+
+
+def _dense_weight(path: str, model: BaseModel) -> torch.Tensor:
+    """The base's matrix, dequantised where it is 4-bit."""
+    weight = model.embed_tokens if path == EMBEDDING else model.base_linear(path).weight
+    assert weight is not None
+    return dequantize_4bit(weight) if isinstance(weight, QuantizedWeight) else weight
 
 
 def _host(bias: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,0 +1,304 @@
+"""adapter_config.json as peft writes it: which layers a LoRA adapts, at what rank and scale, and what we refuse.
+
+Every option of peft's LoraConfig is in one of four groups: honoured, of training only, refused when set, or a way to
+initialise that changed the base. An option in none of them is refused when it is set, so that a newer peft's option is
+never ignored in silence. Names are matched to layers exactly as peft matches them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONFIG_FILE = "adapter_config.json"
+MAX_CONFIG_BYTES = 4 * 1024 * 1024
+
+HONOURED = {
+    "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias", "lora_bias",
+    "use_dora", "init_lora_weights", "ensure_weight_tying",
+}  # fmt: skip
+TRAINING_ONLY = {
+    "lora_dropout", "inference_mode", "auto_mapping", "peft_version", "revision", "megatron_core", "qalora_group_size",
+    "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+}  # fmt: skip
+REFUSED = {
+    "alora_invocation_tokens": "the adapter acts only after certain tokens (aLoRA)",
+    "arrow_config": "a router chooses among several adapters (Arrow)",
+    "fan_in_fan_out": "weights are stored transposed, as in GPT-2",
+    "kasa_config": "the base's weights were truncated and a diagonal is learned (KaSA)",
+    "layer_replication": "layers of the base are repeated",
+    "megatron_config": "layers are Megatron's parallel ones",
+    "monteclora_config": "weights are sampled (MonteCLoRA)",
+    "target_parameters": "bare parameters are adapted, not linear layers",
+    "trainable_token_indices": "single embedding rows are trained",
+    "use_bdlora": "matrices are block-diagonal (BD-LoRA)",
+    "use_qalora": "inputs are pooled in groups (QA-LoRA)",
+    "velora_config": "training compressed the activations (VeLoRA)",
+}
+# peft's own remedy for these is to convert while saving; the file then says init_lora_weights true.
+BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
+PLAIN_INIT = ("gaussian", "orthogonal", "eva", "mica")
+
+TASK_TYPES = (None, "CAUSAL_LM", "SEQ_CLS")
+SCORE_HEAD_NAMES = ("classifier", "score")
+"""What peft adds to modules_to_save for SEQ_CLS whether the model has them or not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeftConfig:
+    """The part of adapter_config.json that decides what the tensors mean."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    target_modules: tuple[str, ...] | str | None
+    """Names, a regular expression, or None for peft's defaults of the architecture."""
+    exclude_modules: tuple[str, ...] | str
+    layers_to_transform: tuple[int, ...]
+    layers_pattern: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    use_dora: bool
+    ensure_weight_tying: bool
+    task_type: str | None
+    base_model: str | None
+
+    def targets(self, path: str) -> bool:
+        """Whether a module of the base gets a LoRA, by peft's rules."""
+        if _matches(self.exclude_modules, path):
+            return False
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save):
+            return False
+        if self.target_modules is None:
+            return False
+        if self.target_modules == "all-linear":
+            return path.rpartition(".")[2] not in ("lm_head", "embed_tokens", "score")
+        if not _matches(self.target_modules, path):
+            return False
+        if (
+            isinstance(self.target_modules, str)
+            or path in self.target_modules
+            or not self.layers_to_transform
+        ):
+            return True
+        return _layer_index(path, self.layers_pattern) in self.layers_to_transform
+
+    def rank(self, path: str) -> int:
+        return _by_pattern(self.rank_pattern, path, self.r)
+
+    def scaling(self, path: str) -> float:
+        """What B A is multiplied with: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv:2312.03732)."""
+        rank, alpha = self.rank(path), _by_pattern(self.alpha_pattern, path, self.lora_alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def saves(self, path: str) -> bool:
+        """Whether modules_to_save names a module; peft compares the ends of the names."""
+        return any(path.endswith(name) for name in self.modules_to_save)
+
+
+def read_config(folder: Path, problems: list[str]) -> PeftConfig | None:
+    """Read and check adapter_config.json; None when it cannot be understood at all, the reason is in problems."""
+    path = folder / CONFIG_FILE
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            problems.append(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes")
+            return None
+        fields = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        problems.append(f"{CONFIG_FILE} is missing; peft writes it beside the weights")
+        return None
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{CONFIG_FILE} is not valid JSON: {error}")
+        return None
+    except OSError as error:
+        problems.append(f"{CONFIG_FILE} cannot be read: {error.strerror}")
+        return None
+    if not isinstance(fields, dict):
+        problems.append(f"{CONFIG_FILE} holds a {type(fields).__name__}, expected an object")
+        return None
+    peft_type = fields.get("peft_type")
+    if peft_type != "LORA":
+        problems.append(f"peft_type: found {peft_type!r}; only 'LORA' is served")
+        return None
+    problems += _unsupported_options(fields)
+    reader = _Reader(fields, problems)
+    config = reader.config()
+    return config if reader.is_usable else None
+
+
+def _unsupported_options(fields: Mapping[str, Any]) -> list[str]:
+    problems = [
+        f"{name}: {reason}; this is not supported"
+        for name, reason in REFUSED.items()
+        if _is_set(fields.get(name))
+    ]
+    for name in sorted(fields.keys() - HONOURED - TRAINING_ONLY - REFUSED.keys()):
+        if _is_set(fields[name]):
+            problems.append(
+                f"{name}: unknown option, set to {_short(fields[name])}; it cannot be ignored safely"
+            )
+    init = fields.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INIT):
+        problems.append(
+            f"init_lora_weights: {init!r} changed the base's weights when training began. Save it again with peft's "
+            f"path_initial_model_for_weight_conversion; or, if this base is the changed one, set init_lora_weights to true"
+        )
+    elif init is not None and not isinstance(init, bool) and init not in PLAIN_INIT:
+        problems.append(
+            f"init_lora_weights: unknown value {_short(init)}; it may have changed the base's weights"
+        )
+    task_type = fields.get("task_type")
+    if task_type not in TASK_TYPES:
+        problems.append(
+            f"task_type: found {_short(task_type)}; served are CAUSAL_LM and SEQ_CLS (score heads)"
+        )
+    if fields.get("bias", "none") not in ("none", "lora_only", "all"):
+        problems.append(
+            f"bias: found {_short(fields['bias'])}; allowed are none, lora_only and all"
+        )
+    if fields.get("use_dora") and fields.get("lora_bias"):
+        problems.append(
+            "use_dora and lora_bias are both set; peft does not define their combination"
+        )
+    return problems
+
+
+class _Reader:
+    """Takes typed values out of the JSON object; what has the wrong type becomes a problem and a default."""
+
+    def __init__(self, fields: Mapping[str, Any], problems: list[str]) -> None:
+        self._fields = fields
+        self._problems = problems
+        self.is_usable = True
+        """Whether layers can be matched at all; not with a broken regular expression."""
+
+    def config(self) -> PeftConfig:
+        layers = self._fields.get("layers_to_transform")
+        if isinstance(layers, int):
+            layers = [layers]
+        config = PeftConfig(
+            r=int(self._positive("r", self._fields.get("r", 8), whole=True)),
+            lora_alpha=self._positive("lora_alpha", self._fields.get("lora_alpha", 8)),
+            use_rslora=bool(self._fields.get("use_rslora")),
+            rank_pattern={
+                key: int(value) for key, value in self._pattern("rank_pattern", whole=True).items()
+            },
+            alpha_pattern=self._pattern("alpha_pattern"),
+            target_modules=self._names_or_regex("target_modules")
+            if self._fields.get("target_modules") is not None
+            else None,
+            exclude_modules=self._names_or_regex("exclude_modules"),
+            layers_to_transform=self._integers("layers_to_transform", layers),
+            layers_pattern=self._strings("layers_pattern"),
+            modules_to_save=self._strings("modules_to_save"),
+            use_dora=bool(self._fields.get("use_dora")),
+            ensure_weight_tying=bool(self._fields.get("ensure_weight_tying")),
+            task_type=self._fields.get("task_type"),
+            base_model=self._optional_string("base_model_name_or_path"),
+        )
+        if isinstance(config.target_modules, str) and config.layers_to_transform:
+            self._problems.append(
+                "layers_to_transform has no meaning when target_modules is a regular expression"
+            )
+        self._check_regexes("rank_pattern", config.rank_pattern)
+        self._check_regexes("alpha_pattern", config.alpha_pattern)
+        self._check_regexes("layers_pattern", config.layers_pattern)
+        self._check_regexes("modules_to_save", config.modules_to_save)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(config, name)
+            self._check_regexes(name, (value,) if isinstance(value, str) and value else ())
+        return config
+
+    def _positive(self, name: str, value: object, *, whole: bool = False) -> float:
+        kinds = int if whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+            kind = "positive whole number" if whole else "positive number"
+            self._problems.append(f"{name}: found {_short(value)}, expected a {kind}")
+            return 1
+        return value
+
+    def _pattern(self, name: str, *, whole: bool = False) -> dict[str, float]:
+        value = self._fields.get(name) or {}
+        if not isinstance(value, dict):
+            self._problems.append(
+                f"{name}: found {_short(value)}, expected an object of names and numbers"
+            )
+            return {}
+        return {
+            key: self._positive(f"{name}[{key!r}]", number, whole=whole)
+            for key, number in value.items()
+        }
+
+    def _strings(self, name: str) -> tuple[str, ...]:
+        value = self._fields.get(name) or []
+        if isinstance(value, str):
+            return (value,)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            self._problems.append(f"{name}: found {_short(value)}, expected a list of strings")
+            return ()
+        return tuple(value)
+
+    def _names_or_regex(self, name: str) -> tuple[str, ...] | str:
+        value = self._fields.get(name)
+        return value if isinstance(value, str) else self._strings(name)
+
+    def _integers(self, name: str, value: object) -> tuple[int, ...]:
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            self._problems.append(f"{name}: found {_short(value)}, expected whole numbers")
+            return ()
+        return tuple(value)
+
+    def _optional_string(self, name: str) -> str | None:
+        value = self._fields.get(name)
+        return value if isinstance(value, str) else None
+
+    def _check_regexes(self, name: str, patterns: Iterable[str]) -> None:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                self._problems.append(f"{name}: {pattern!r} is not a regular expression: {error}")
+                self.is_usable = False
+
+
+def _matches(names: tuple[str, ...] | str, path: str) -> bool:
+    """A regular expression must match all of the path; a name is the path or its last components."""
+    if isinstance(names, str):
+        return bool(names) and re.fullmatch(names, path) is not None
+    return path in names or any(path.endswith(f".{name}") for name in names)
+
+
+def _layer_index(path: str, patterns: tuple[str, ...]) -> int | None:
+    """The number of the layer a path lies in; patterns name the list of layers, any list when there are none."""
+    regexes = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns]
+    for regex in regexes or [r".*?\.[^.]*\.(?P<index>\d+)\."]:
+        match = re.match(regex, path)
+        if match is not None:
+            return int(match["index"])
+    return None
+
+
+def _by_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first key that matches the end of the path, as peft looks ranks and alphas up."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+def _is_set(value: object) -> bool:
+    return value not in (None, False, "", [], {})
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,170 @@
+"""From what a user types to a folder: local path, then model or adapter folder, then alias, then the model hub.
+
+Only files that are data are ever downloaded: safetensors, JSON, tokenizers, templates.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from adapters.format import WEIGHTS_FILE
+from adapters.peft_config import CONFIG_FILE
+from engine.errors import AdapterError, CheckpointError, EngineError
+
+DEMO = Path(__file__).resolve().parents[1] / "demo"
+DEMO_BASE = "demo"
+
+BASE_ALIASES = {f"llama-{size}": f"huggyllama/llama-{size}" for size in ("7b", "13b", "30b", "65b")}
+BASE_ALIASES["llama-33b"] = BASE_ALIASES["llama-30b"]
+# The authors' name for LLaMA's third size is its true one.
+GUANACO_SIZES = {"7b": "7b", "13b": "13b", "30b": "33b", "33b": "33b", "65b": "65b"}
+
+DOWNLOADED = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "tokenizer.model",
+    "*.tiktoken",
+    "merges.txt",
+    "vocab.txt",
+]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def resolve_base(name: str, model_dir: str | Path | None) -> Path:
+    """The folder of a base model.
+
+    Args:
+        name:      a folder, a name in model_dir, an alias such as llama-7b, "demo", or a Hugging Face repository id.
+        model_dir: --model-dir.
+
+    Raises:
+        CheckpointError: not found; the message lists everything that was tried.
+    """
+    if name == DEMO_BASE:
+        return DEMO / "model"
+    tried: list[str] = []
+    folders = [
+        Path(name).expanduser(),
+        *([Path(model_dir) / name] if model_dir is not None else []),
+    ]
+    for folder in folders:
+        if _has_file(folder, "config.json", tried):
+            return folder
+    repository = BASE_ALIASES.get(name.lower(), name)
+    return _download(repository, tried, "base model", CheckpointError)
+
+
+def resolve_adapter(name: str, base: str, adapter_dirs: Sequence[str | Path]) -> Path:
+    """The folder of an adapter.
+
+    Args:
+        name:         a folder, a name in one of adapter_dirs, a demo adapter, guanaco, or a repository id.
+        base:         --base as the user gave it; decides which demo adapter or size of Guanaco is meant.
+        adapter_dirs: --adapter-dir.
+
+    Raises:
+        AdapterError: not found; the message lists everything that was tried.
+    """
+    tried: list[str] = []
+    folders = [Path(name).expanduser(), *(Path(folder) / name for folder in adapter_dirs)]
+    if base == DEMO_BASE and NAME.fullmatch(name):
+        folders.append(DEMO / "adapters" / name)
+    for folder in folders:
+        if _has_file(folder, CONFIG_FILE, tried):
+            return folder
+    repository = name
+    if name.lower() == "guanaco":
+        size = re.search(r"(?<![\d.])(7|13|30|33|65)b\b", base.lower())
+        if size is None:
+            tried.append(
+                f"the alias guanaco: {base!r} does not say whether it is 7b, 13b, 33b or 65b"
+            )
+        else:
+            repository = f"timdettmers/guanaco-{GUANACO_SIZES[size[0]]}"
+    folder = _download(repository, tried, "adapter", AdapterError)
+    if not (folder / WEIGHTS_FILE).exists():
+        raise AdapterError(
+            f"{repository} has no {WEIGHTS_FILE}. Older repositories hold only pickle files, which can run code and are never "
+            f"read: load it with peft where you trust it, save it again, and name that folder."
+        )
+    return folder
+
+
+def parse_adapter(text: str) -> tuple[str, str]:
+    """--adapter NAME[=PATH] as (name, what to resolve). Without NAME a path is called by its last component.
+
+    Raises:
+        AdapterError: the name is not allowed.
+    """
+    name, separator, source = text.partition("=")
+    if not separator or "/" in name:
+        name, source = Path(text).name, text
+    if not source:
+        raise AdapterError(f"--adapter {text}: nothing after '='; expected NAME=PATH or NAME.")
+    check_name(name)
+    return name, source
+
+
+def check_name(name: str) -> None:
+    """Names stand in URLs, metrics and log lines: letters, digits and . _ : - only, no slash.
+
+    Raises:
+        AdapterError: the name has other characters, none, or too many.
+    """
+    if not NAME.fullmatch(name):
+        raise AdapterError(
+            f"Adapter name {name[:140]!r}: expected 1 to 128 letters, digits or . _ : - and a letter or digit first. Give it a "
+            f"name with NAME=PATH."
+        )
+
+
+def _has_file(folder: Path, file: str, tried: list[str]) -> bool:
+    try:
+        if (folder / file).is_file():
+            return True
+        tried.append(
+            f"{folder}: " + (f"a folder without {file}" if folder.is_dir() else "no such folder")
+        )
+    except (OSError, ValueError) as error:
+        tried.append(f"{folder}: {error}")
+    return False
+
+
+def _download(repository: str, tried: list[str], what: str, error: type[EngineError]) -> Path:
+    """A repository of the Hugging Face hub, from its cache or downloaded, with its progress bars."""
+    if not REPOSITORY.fullmatch(repository):
+        raise error(
+            _not_found(
+                what, repository, [*tried, f"{repository!r} is not a repository id (owner/name)"]
+            )
+        )
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=DOWNLOADED))
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        httpx.HTTPError,
+        OSError,
+    ) as failure:
+        reason = (
+            str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
+        )
+        raise error(
+            _not_found(
+                what, repository, [*tried, f"Hugging Face repository {repository}: {reason}"]
+            )
+        ) from failure
+
+
+def _not_found(what: str, name: str, tried: Sequence[str]) -> str:
+    lines = "".join(f"\n- {line}" for line in tried)
+    return f"No {what} {name!r}. Tried:{lines}\nName a folder, or download it where there is a network and name that."
