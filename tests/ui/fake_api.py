@@ -1,0 +1,131 @@
+"""A stand-in for the API: its wire shapes, answers by script, a record of what it was asked."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+ADAPTERS = ("guanaco", "pirate")
+LONG_ANSWER = [f"word{i} " for i in range(4000)]
+
+
+@dataclass
+class FakeApi:
+    """The last message decides what happens: "slow", "fail", "break", "long", or a plain echo."""
+
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    num_disconnects: int = 0
+    num_running: int = 0
+    max_running: int = 0
+    required_key: str | None = None
+    is_ready: bool = True
+
+    def build(self) -> FastAPI:
+        """The API's app, ready for the page to be mounted."""
+        app = FastAPI()
+        app.add_api_route("/health", self.health)
+        app.add_api_route("/v1/models", self.models)
+        app.add_api_route("/v1/adapters", self.adapters)
+        app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
+        app.add_api_route("/v1/completions", self.complete, methods=["POST"])
+        return app
+
+    async def health(self) -> Response:
+        return JSONResponse({}, status_code=200 if self.is_ready else 503)
+
+    async def models(self, request: Request) -> Response:
+        if refusal := self._refusal(request):
+            return refusal
+        base = {"id": "herd-demo", "object": "model", "parent": None, "max_model_len": 512}
+        cards = [{"id": name, "object": "model", "parent": "herd-demo"} for name in ADAPTERS]
+        return JSONResponse({"object": "list", "data": [base, *cards]})
+
+    async def adapters(self, request: Request) -> Response:
+        if refusal := self._refusal(request):
+            return refusal
+        return JSONResponse({"data": [{"name": name, "generation": 3} for name in ADAPTERS]})
+
+    async def chat(self, request: Request) -> Response:
+        if refusal := self._refusal(request):
+            return refusal
+        body = await request.json()
+        self.bodies.append(body)
+        if body["model"] == "herd-demo":
+            return error(400, "The model herd-demo has no chat template.", "no_chat_template")
+        text = body["messages"][-1]["content"]
+        if text == "fail":
+            return error(503, "The engine is restarting.", "engine_restarting")
+        if text == "long":
+            return error(
+                400,
+                "The prompt has 900 tokens, but this model holds 512.",
+                "context_length_exceeded",
+            )
+        words = LONG_ANSWER if text == "slow" else f"{body['model']} says: {text}".split(" ")
+        return self._stream(words, text, lambda word: {"delta": {"content": word}})
+
+    async def complete(self, request: Request) -> Response:
+        if refusal := self._refusal(request):
+            return refusal
+        body = await request.json()
+        self.bodies.append(body)
+        words = ["and", "so", "on"]
+        return self._stream(words, body["prompt"], lambda word: {"text": word})
+
+    def _refusal(self, request: Request) -> JSONResponse | None:
+        wanted = f"Bearer {self.required_key}"
+        if self.required_key and request.headers.get("authorization") != wanted:
+            return error(401, "This server needs an API key.", "invalid_api_key")
+        return None
+
+    def _stream(self, words, text, choice) -> StreamingResponse:
+        async def events() -> AsyncIterator[str]:
+            self.num_running += 1
+            self.max_running = max(self.max_running, self.num_running)
+            is_finished = False
+            try:
+                for i, word in enumerate(words):
+                    if text == "break" and i == 2:
+                        yield sse(
+                            {
+                                "error": {
+                                    "message": "The engine worker died.",
+                                    "code": "engine_restarting",
+                                }
+                            }
+                        )
+                        is_finished = True
+                        return
+                    spaced = word if text == "slow" or i == 0 else " " + word
+                    yield sse({"choices": [{"index": 0, **choice(spaced), "finish_reason": None}]})
+                    await asyncio.sleep(0.01)
+                yield sse({"choices": [{"index": 0, **choice(""), "finish_reason": "stop"}]})
+                yield sse(
+                    {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": len(words)}}
+                )
+                yield "data: [DONE]\n\n"
+                is_finished = True
+            finally:
+                self.num_running -= 1
+                self.num_disconnects += not is_finished
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+
+def sse(event: dict[str, Any]) -> str:
+    return f"data: {json.dumps(event)}\n\n"
+
+
+def error(status: int, message: str, code: str) -> Response:
+    body = {
+        "error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    }
+    return JSONResponse(
+        body, status_code=status, headers={"retry-after": "2"} if status == 503 else {}
+    )

@@ -1,0 +1,259 @@
+"""What happens on the page's events: ask, ask again, edit, undo, stop, clear, list the models.
+
+Handlers take the raw values of all inputs by component and give back what changes, by component.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any, cast
+
+import gradio as gr
+from gradio.components import Component
+
+from ui import conversation as talk
+from ui.answer import Answer, Question, answer_together
+from ui.client import ApiError, Client, ModelCard, Sampling
+from ui.conversation import History
+
+Values = dict[Component, Any]
+Updates = dict[Any, Any]
+
+LOADING = (
+    "The server is loading its model, or restarting. This page goes on as soon as it is ready."
+)
+WANTS_KEY = "This server asks for an API key."
+TOY = (
+    "<b>This is the demo model, a toy.</b> It has a few million parameters and knows what a small "
+    "corpus taught it; it is here so that everything can be tried without a download."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """One tab's components: as many columns as models answer side by side."""
+
+    pickers: Sequence[gr.Dropdown]
+    chatbots: Sequence[gr.Chatbot]
+    box: gr.Textbox
+    again: gr.Button
+    undo: gr.Button
+    clear: gr.Button
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The components that shape every answer."""
+
+    system_prompt: gr.Textbox
+    sampling: Mapping[str, Component]
+    """By the name of the field of `Sampling`."""
+    seed: gr.Textbox
+
+    @property
+    def components(self) -> list[Component]:
+        """All of them, as inputs of an event."""
+        return [self.system_prompt, self.seed, *self.sampling.values()]
+
+    def read(self, values: Values) -> Sampling:
+        """The chosen values; an emptied field takes its default.
+
+        Raises:
+            ValueError: the seed is not a whole number.
+        """
+        chosen = {name: values[component] for name, component in self.sampling.items()}
+        if seed := (values[self.seed] or "").strip():
+            if not re.fullmatch(r"\d+", seed):
+                raise ValueError(f"Seed: expected a whole number or nothing, got {seed!r}.")
+            chosen["seed"] = int(seed)
+        return Sampling(**{name: value for name, value in chosen.items() if value is not None})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """Which names can be asked, for the pickers of all tabs."""
+
+    client: Client
+    api_key: str | None
+    pickers: Sequence[gr.Dropdown]
+    notice: gr.HTML
+    key_row: gr.Row
+    timer: gr.Timer
+
+    async def refresh(self, values: Values, request: gr.Request) -> Updates:
+        """Ask the API for its models and its health; keep what was picked where it still exists."""
+        try:
+            is_ready = await self.client.is_ready()
+            cards = await self.client.models(api_key_of(request, self.api_key))
+        except ApiError as error:
+            return {
+                self.notice: WANTS_KEY if error.wants_key else escape(str(error)),
+                self.key_row: gr.update(visible=error.wants_key),
+                self.timer: gr.update(active=not error.wants_key),
+            }
+        choices = [(card.title, card.name) for card in cards]
+        names = [name for _, name in choices]
+        defaults = first_picks(cards, len(self.pickers))
+        updates: Updates = {
+            picker: gr.update(
+                choices=choices, value=values[picker] if values[picker] in names else default
+            )
+            for picker, default in zip(self.pickers, defaults, strict=True)
+        }
+        is_demo = any(is_demo_name(card.name) for card in cards if card.parent is None)
+        updates[self.notice] = (TOY if is_demo else "") if is_ready else LOADING
+        updates[self.key_row] = gr.update(visible=False)
+        updates[self.timer] = gr.update(active=not is_ready)
+        return updates
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Talk:
+    """The events of one tab."""
+
+    client: Client
+    api_key: str | None
+    view: View
+    settings: Settings
+    key_row: gr.Row
+
+    async def ask(self, values: Values, request: gr.Request) -> AsyncIterator[Updates]:
+        """Put the box's text to every column."""
+        text = values[self.view.box] or ""
+        if text.strip():
+            histories = [[*h, talk.user_message(text)] for h in self._histories(values)]
+            async for updates in self._answer(dict(enumerate(histories)), values, request, box=""):
+                yield updates
+
+    async def ask_again(self, values: Values, request: gr.Request) -> AsyncIterator[Updates]:
+        """Answer every column's last question anew."""
+        histories = [talk.up_to_last_user(history) for history in self._histories(values)]
+        async for updates in self._answer(dict(enumerate(histories)), values, request):
+            yield updates
+
+    async def retry(
+        self, values: Values, event: gr.RetryData, request: gr.Request
+    ) -> AsyncIterator[Updates]:
+        """Answer one column anew from the message whose retry sign was clicked."""
+        column, index = self._place(event)
+        history = talk.up_to_last_user(self._histories(values)[column], index)
+        async for updates in self._answer({column: history}, values, request):
+            yield updates
+
+    async def edit(
+        self, values: Values, event: gr.EditData, request: gr.Request
+    ) -> AsyncIterator[Updates]:
+        """Answer one column anew from a changed question; what came after it is dropped."""
+        column, index = self._place(event)
+        before = self._histories(values)[column][:index]
+        history = [*before, talk.user_message(event.value)]
+        async for updates in self._answer({column: history}, values, request):
+            yield updates
+
+    def undo(self, values: Values) -> Updates:
+        """Take back the last question, into the box, and its answers."""
+        pairs = [talk.without_last_exchange(history) for history in self._histories(values)]
+        histories = [history for history, _ in pairs]
+        question = pairs[0][1] or values[self.view.box]
+        return {**self._drawn(histories), **self._idle(value=question)}
+
+    def stop(self, values: Values) -> Updates:
+        """After the running event was cancelled: label the answers that it left unfinished."""
+        histories = [talk.stopped(history) for history in self._histories(values)]
+        return {**self._drawn(histories), **self._idle()}
+
+    def clear(self, values: Values) -> Updates:  # noqa: ARG002 (Gradio passes the inputs)
+        """Begin anew."""
+        return {**self._drawn([[]] * len(self.view.chatbots)), **self._idle()}
+
+    async def _answer(
+        self, histories: dict[int, History], values: Values, request: gr.Request, **box: Any
+    ) -> AsyncIterator[Updates]:
+        """Stream an answer into each of these columns, whose conversations end in a question."""
+        histories = {column: history for column, history in histories.items() if history}
+        if not histories:
+            return
+        models = {column: values[self.view.pickers[column]] for column in histories}
+        if not all(models.values()):
+            gr.Warning("There is no model to ask yet: wait until the server is ready.")
+            return
+        try:
+            sampling = self.settings.read(values)
+        except ValueError as error:
+            gr.Warning(escape(str(error)))
+            return
+        system_prompt = values[self.settings.system_prompt] or ""
+        questions = [
+            Question(
+                model=models[column],
+                messages=talk.api_messages(history, system_prompt),
+                sampling=sampling,
+                key=api_key_of(request, self.api_key),
+            )
+            for column, history in histories.items()
+        ]
+        answers = [Answer(model=question.model) for question in questions]
+        columns = dict(zip(histories, answers, strict=True))
+
+        def drawn() -> Updates:
+            return {
+                self.view.chatbots[i]: [*histories[i], talk.answer_message(answer)]
+                for i, answer in columns.items()
+            }
+
+        yield {**drawn(), **self._busy(**({"value": box["box"]} if box else {}))}
+        async for _ in answer_together(self.client, questions, answers):
+            yield drawn()
+        failed = {answer.model: answer.error for answer in answers if answer.error}
+        for model, reason in failed.items():
+            gr.Warning(escape(str(reason)), title=escape(model))
+        wants_key = any(reason.wants_key for reason in failed.values())
+        yield {**drawn(), **self._idle(), self.key_row: gr.update(visible=wants_key)}
+
+    def _place(self, event: gr.RetryData | gr.EditData) -> tuple[int, int]:
+        """Column and message that an event is about."""
+        ids = [chatbot._id for chatbot in self.view.chatbots]
+        return ids.index(cast(gr.Chatbot, event.target)._id), cast(int, event.index)
+
+    def _histories(self, values: Values) -> list[History]:
+        return [values[chatbot] or [] for chatbot in self.view.chatbots]
+
+    def _drawn(self, histories: list[History]) -> Updates:
+        return dict(zip(self.view.chatbots, histories, strict=True))
+
+    def _busy(self, **box: Any) -> Updates:
+        return {
+            self.view.box: gr.update(submit_btn=False, stop_btn=True, **box),
+            self.view.again: gr.update(interactive=False),
+            self.view.undo: gr.update(interactive=False),
+        }
+
+    def _idle(self, **box: Any) -> Updates:
+        return {
+            self.view.box: gr.update(submit_btn=True, stop_btn=False, **box),
+            self.view.again: gr.update(interactive=True),
+            self.view.undo: gr.update(interactive=True),
+        }
+
+
+def api_key_of(request: gr.Request, default: str | None) -> str | None:
+    """The key that the visitor's browser sent with this event, else the page's own."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    return key if scheme.lower() == "bearer" and key else default
+
+
+def first_picks(cards: Sequence[ModelCard], count: int) -> list[str | None]:
+    """What the pickers show at first: adapters, for the base may only continue text."""
+    names = [card.name for card in cards if card.parent] + [
+        card.name for card in cards if not card.parent
+    ]
+    # The first two pickers (chat, left) agree, the third (right) shows another model.
+    return [names[max(0, i - 1) % len(names)] if names else None for i in range(count)]
+
+
+def is_demo_name(name: str) -> bool:
+    """Whether the base model is the embedded demo."""
+    return "demo" in re.split(r"[^a-z]+", name.lower())
