@@ -1,8 +1,10 @@
-"""bitsandbytes' 4-bit weights inside a checkpoint: reading, checking and writing one quantised weight.
+"""bitsandbytes' 4-bit weights inside a checkpoint: reading, checking and writing one quantised
+weight.
 
-A weight W of path P is stored as P.weight (packed codes, uint8 or viewed as another type) and, below that name,
-absmax, quant_map and quant_state.bitsandbytes__nf4 (or __fp4: UTF-8 JSON in bytes), with double quantisation also
-nested_absmax and nested_quant_map. Files differ in nothing from what bitsandbytes 0.50 and transformers 5 write.
+A weight W of path P is stored as P.weight (packed codes, uint8 or viewed as another type) and,
+below that name, absmax, quant_map and quant_state.bitsandbytes__nf4 (or __fp4: UTF-8 JSON in
+bytes), with double quantisation also nested_absmax and nested_quant_map. Files differ in nothing
+from what bitsandbytes 0.50 and transformers 5 write.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def part_of(name: str) -> tuple[str, str] | None:
 
 
 def group_parts(names: Mapping[str, object]) -> dict[str, dict[str, list[str]]]:
-    """Quantised weights by name: part -> tensor names (more than one is for inspect_weight to refuse)."""
+    """Quantised weights by name: part -> tensor names (more than one is for inspect_weight to
+    refuse).
+    """
     groups: dict[str, dict[str, list[str]]] = {}
     for name in names:
         found = part_of(name)
@@ -108,7 +112,8 @@ def inspect_weight(
             or "none"
         )
         return [
-            f"{info.file}: tensor {name}: expected exactly one {'/'.join(repeated) or 'quant_state'}, found {found}"
+            f"{info.file}: tensor {name}: expected exactly one "
+            f"{'/'.join(repeated) or 'quant_state'}, found {found}"
         ]
     first = {part: found[0] for part, found in parts.items()}
     state_name = states[0]
@@ -213,7 +218,8 @@ def _check_maps(
         if not torch.allclose(found, expected.cpu(), rtol=1e-5, atol=1e-8):
             info = checkpoint.tensors[parts[part]]
             problems.append(
-                f"{info.file}: tensor {parts[part]}: expected the standard {quant_type} table, found another"
+                f"{info.file}: tensor {parts[part]}: expected the standard {quant_type} table, "
+                f"found another"
             )
     return problems
 

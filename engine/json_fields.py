@@ -1,9 +1,11 @@
-"""Typed reading of a JSON file's fields: every problem is collected, then raised in one error that names the file."""
+"""Typed reading of a JSON file's fields: every problem is collected, then raised in one error that
+names the file.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path}: no such file. A model folder in Hugging Face format has it; check the path or download it again."
+            f"{path}: no such file. A model folder in Hugging Face format has it; check the path "
+            f"or download it again."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(
@@ -40,7 +43,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 class Fields:
-    """A JSON object with checked access. A wrong field is recorded and a harmless value returned in its place."""
+    """A JSON object with checked access. A wrong field is recorded and a harmless value returned
+    in its place.
+    """
 
     def __init__(
         self,
@@ -56,6 +61,9 @@ class Fields:
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
 
     def get(self, name: str, default: Any = None) -> Any:
         """The raw value; null counts as absent."""
@@ -75,17 +83,24 @@ class Fields:
         value = self._values.get(name) if found is _REQUIRED else found
         self._problems.append(f"{self._prefix}{name}: expected {expected}, found {_shown(value)}")
 
-    def integer(self, name: str, *, default: Any = _REQUIRED, minimum: int = 1) -> int:
-        """A whole number of at least `minimum`; required when there is no default."""
+    def integer(
+        self, name: str, *, default: Any = _REQUIRED, minimum: int = 1, maximum: int = 1 << 31
+    ) -> Any:
+        """A whole number within limits; required when there is no default. Any: int, or the
+        default.
+        """
         value = self.get(name)
         if value is None and default is not _REQUIRED:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             self.problem(name, f"a whole number of at least {minimum}")
             return minimum
+        if value > maximum:
+            self.problem(name, f"at most {maximum}")
+            return minimum
         return value
 
-    def number(self, name: str, *, default: Any = _REQUIRED, above: float | None = None) -> float:
+    def number(self, name: str, *, default: Any = _REQUIRED, above: float | None = None) -> Any:
         """A finite number, above a limit where one is given; required when there is no default."""
         value = self.get(name)
         if value is None and default is not _REQUIRED:
@@ -122,7 +137,9 @@ class Fields:
         return tuple(dict.fromkeys(ids))
 
     def raise_problems(self) -> None:
-        """Raises CheckpointError naming every problem recorded so far, here and in nested objects."""
+        """Raises CheckpointError naming every problem recorded so far, here and in nested
+        objects.
+        """
         if self._problems:
             problems = "\n  ".join(self._problems)
             raise CheckpointError(

@@ -1,7 +1,9 @@
-"""The decoder layer's parts: fused linear projections over 4-bit or dense slices, and the layer itself.
+"""The decoder layer's parts: fused linear projections over 4-bit or dense slices, and the layer
+itself.
 
-Plain Python objects, not nn.Modules: they hold no trainable parameter, and a decode step at batch 1 feels each
-microsecond of call overhead. Tensors are used under torch.inference_mode, which the runner enters.
+Plain Python objects, not nn.Modules: they hold no trainable parameter, and a decode step at batch
+1 feels each microsecond of call overhead. Tensors are used under torch.inference_mode, which the
+runner enters.
 """
 
 from __future__ import annotations
@@ -41,8 +43,9 @@ class LinearSlice:
 class FusedLinear:
     """Linear layers that share their input, in one call: q|k|v, gate|up, or a single one.
 
-    4-bit slices stay separate tensors, because each has its own nested offset. Dense slices become row ranges of one
-    stacked weight, allocated before the first is copied in, so that loading never holds a projection twice.
+    4-bit slices stay separate tensors, because each has its own nested offset. Dense slices become
+    row ranges of one stacked weight, allocated before the first is copied in, so that loading
+    never holds a projection twice.
     """
 
     def __init__(self, slices: Sequence[LinearSlice]) -> None:
@@ -57,7 +60,9 @@ class FusedLinear:
     def set_weight(
         self, part: LinearSlice, weight: QuantizedWeight | torch.Tensor, device: torch.device
     ) -> None:
-        """Take one slice's weight; a dense one is copied into the stack, 4-bit tensors are kept as they are."""
+        """Take one slice's weight; a dense one is copied into the stack, 4-bit tensors are kept as
+        they are.
+        """
         if isinstance(weight, QuantizedWeight):
             part.weight = weight.to(device)
             return
@@ -100,7 +105,9 @@ class FusedLinear:
             self.bias = torch.cat(present) if present else None
 
     def __call__(self, x: torch.Tensor, lora: LoraBatch | None) -> torch.Tensor:
-        """x [num_tokens, in_features] -> [num_tokens, sum of out_features], adapters' updates included."""
+        """x [num_tokens, in_features] -> [num_tokens, sum of out_features], adapters' updates
+        included.
+        """
         if self._is_mixed:
             y = torch.cat([_run_slice(x, part) for part in self.slices], dim=-1)
         elif self.weight is not None:
@@ -153,7 +160,8 @@ class DecoderLayer:
         kv_cache: tuple[torch.Tensor, torch.Tensor],
         lora: LoraBatch | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden, residual [num_tokens, hidden_size] -> the same pair; their sum is the layer's output.
+        """hidden, residual [num_tokens, hidden_size] -> the same pair; their sum is the layer's
+        output.
 
         The sum is left to the next norm, which reads it anyway. The first layer gets no residual.
         """

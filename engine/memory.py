@@ -16,7 +16,9 @@ PROC_ROOT = Path("/proc")
 
 
 def quantized_bytes(numel: int, *, double_quant: bool = True, group_size: int = 64) -> int:
-    """Bytes of a 4-bit weight: codes and scales; 4.127 bits per element with double quantisation."""
+    """Bytes of a 4-bit weight: codes and scales; 4.127 bits per element with double
+    quantisation.
+    """
     num_groups = -(-numel // group_size)
     scales = num_groups + 4 * -(-num_groups // NESTED_BLOCK) + 4 if double_quant else 4 * num_groups
     return -(-numel // 2) + scales
@@ -35,7 +37,8 @@ def estimate_weights_bytes(
         spec: the model.
         quantization: nf4 or fp4: linear layers but the head in 4 bits; none: all dense.
         dtype: of everything that is not 4-bit.
-        stored: bytes of single tensors where they are known better, by tensor name (a 4-bit checkpoint's own).
+        stored: bytes of single tensors where they are known better, by tensor name (a 4-bit
+            checkpoint's own).
     """
     total = 0
     quantizable = spec.quantizable_weights() if quantization != "none" else frozenset()
@@ -51,7 +54,9 @@ def estimate_weights_bytes(
 
 
 def available_host_bytes() -> int | None:
-    """Memory that can be taken without swapping, within the limits of every control group; None where unknown."""
+    """Memory that can be taken without swapping, within the limits of every control group; None
+    where unknown.
+    """
     limits = [_meminfo_available(), *_cgroup_available()]
     known = [limit for limit in limits if limit is not None]
     return max(0, min(known)) if known else None
@@ -70,11 +75,13 @@ def check_memory(
     """Refuse before anything is loaded.
 
     Raises:
-        NotEnoughMemory: more is needed than there is. Where the latter is unknown nothing is refused.
+        NotEnoughMemory: more is needed than there is. Where the latter is unknown nothing is
+            refused.
     """
     if available_bytes is not None and needed_bytes > available_bytes:
         raise NotEnoughMemory(
-            f"{what} needs {format_bytes(needed_bytes)} of {where}, but only {format_bytes(available_bytes)} "
+            f"{what} needs {format_bytes(needed_bytes)} of {where}, but only "
+            f"{format_bytes(available_bytes)} "
             f"is available. {remedy}"
         )
 
@@ -98,7 +105,9 @@ def _meminfo_available() -> int | None:
 
 
 def _cgroup_available() -> list[int]:
-    """What is left under each memory limit that applies to this process; page cache counts as free."""
+    """What is left under each memory limit that applies to this process; page cache counts as
+    free.
+    """
     found = []
     for line in (_read(PROC_ROOT / "self" / "cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)

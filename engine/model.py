@@ -1,7 +1,8 @@
-"""The decoder-only model: embedding, layers, final norm, head. One flat batch of tokens in, hidden states out.
+"""The decoder-only model: embedding, layers, final norm, head. One flat batch of tokens in, hidden
+states out.
 
-Weights come in by parameter name (engine/weights.py); what is 4-bit and what is dense is decided there, tensor by
-tensor. Adapters act through LoraBatch; without one nothing is spent on them.
+Weights come in by parameter name (engine/weights.py); what is 4-bit and what is dense is decided
+there, tensor by tensor. Adapters act through LoraBatch; without one nothing is spent on them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 
 class CausalLM:
-    """A model on one device. Built empty; filled by set_tensor for each of tensor_shapes, then finish()."""
+    """A model on one device. Built empty; filled by set_tensor for each of tensor_shapes, then
+    finish().
+    """
 
     def __init__(self, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype) -> None:
         self.spec = spec
@@ -57,9 +60,10 @@ class CausalLM:
         """Run one step.
 
         Args:
-            batch: input_ids and positions int64 [num_tokens]; cu_seqlens_q, context_lens, block_tables and
-                slot_mapping as attention takes them.
-            kv_caches: one (k_cache, v_cache) per layer; this step's keys and values are written into them.
+            batch: input_ids and positions int64 [num_tokens]; cu_seqlens_q, context_lens,
+                block_tables and slot_mapping as attention takes them.
+            kv_caches: one (k_cache, v_cache) per layer; this step's keys and values are written
+                into them.
             lora: the batch's adapters, or None.
 
         Returns:
@@ -78,7 +82,9 @@ class CausalLM:
         return hidden
 
     def logits(self, hidden: torch.Tensor, lora: LoraBatch | None = None) -> torch.Tensor:
-        """Head over chosen tokens: hidden [n, hidden_size], lora narrowed to them -> float32 [n, vocab_size]."""
+        """Head over chosen tokens: hidden [n, hidden_size], lora narrowed to them -> float32 [n,
+        vocab_size].
+        """
         return self.lm_head(hidden, lora).float()
 
     def base_linear(self, path: str) -> LinearSlice:
@@ -88,7 +94,8 @@ class CausalLM:
     def set_tensor(self, name: str, value: torch.Tensor | QuantizedWeight) -> None:
         """Put one checkpoint tensor in its place; dense ones are cast to the model's dtype.
 
-        The model may keep the tensor itself: the caller must not hand over memory that it will reuse.
+        The model may keep the tensor itself: the caller must not hand over memory that it will
+        reuse.
         """
         path, _, kind = name.rpartition(".")
         if isinstance(value, torch.Tensor):

@@ -1,8 +1,9 @@
-"""What a model is: architecture, sizes and flags, read from the config.json of a Hugging Face folder.
+"""What a model is: architecture, sizes and flags, read from the config.json of a Hugging Face
+folder.
 
-Four architectures differ only in flags here: Llama 1/2/3, Mistral, Qwen2, Qwen3. Neither remote code nor a model hub
-is involved. Both spellings are read: rope_theta + rope_scaling + torch_dtype (published checkpoints) and
-rope_parameters + dtype (written by transformers 5).
+Four architectures differ only in flags here: Llama 1/2/3, Mistral, Qwen2, Qwen3. Neither remote
+code nor a model hub is involved. Both spellings are read: rope_theta + rope_scaling + torch_dtype
+(published checkpoints) and rope_parameters + dtype (written by transformers 5).
 """
 
 from __future__ import annotations
@@ -17,19 +18,24 @@ from engine.errors import CheckpointError
 from engine.json_fields import Fields, read_json_object
 from engine.rope import RopeSpec, read_rope
 
-SUPPORTED_ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
+ARCHITECTURE_BY_MODEL_TYPE = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+SUPPORTED_ARCHITECTURES = tuple(ARCHITECTURE_BY_MODEL_TYPE.values())
+MAX_LAYERS = 1000
+"""More is a broken file, not a model."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Sizes and flags of one decoder-only model. Every number has been checked against the others."""
+    """Sizes and flags of one decoder-only model. Every number has been checked against the
+    others.
+    """
 
     architecture: str
     vocab_size: int
@@ -55,15 +61,18 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     dtype: torch.dtype
-    """The checkpoint's 16- or 32-bit type; float32 when config.json names none. A loaded model's spec has its own."""
+    """The checkpoint's 16- or 32-bit type; float32 when config.json names none. A loaded model's
+    spec has its own.
+    """
 
     @classmethod
     def from_folder(cls, path: str | Path) -> ModelSpec:
         """Read config.json, and generation_config.json for the end-of-text tokens.
 
         Raises:
-            CheckpointError: a file is missing or broken, the architecture or an option of it is not supported, or
-                numbers are absent or contradict each other; every such field is named.
+            CheckpointError: a file is missing or broken, the architecture or an option of it is
+                not supported, or numbers are absent or contradict each other; every such field is
+                named.
         """
         folder = Path(path)
         config_path = folder / "config.json"
@@ -103,11 +112,15 @@ class ModelSpec:
         }
 
     def quantizable_weights(self) -> frozenset[str]:
-        """Tensor names of the weights that are 4-bit in a quantised model: linear layers but the head."""
+        """Tensor names of the weights that are 4-bit in a quantised model: linear layers but the
+        head.
+        """
         return frozenset(f"{path}.weight" for path in self.linear_shapes() if path != "lm_head")
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor the model needs, by its name in a checkpoint; a tied head is not among them."""
+        """Every tensor the model needs, by its name in a checkpoint; a tied head is not among
+        them.
+        """
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": self.embedding_shape}
         for path, shape in self.linear_shapes().items():
             if path != "lm_head" or not self.tie_word_embeddings:
@@ -135,7 +148,9 @@ class ModelSpec:
 
 
 def declared_dtype(config: dict[str, Any]) -> torch.dtype | None:
-    """The type that config.json names, in either spelling; None when it names none or an unknown one."""
+    """The type that config.json names, in either spelling; None when it names none or an unknown
+    one.
+    """
     return DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."))
 
 
@@ -146,14 +161,16 @@ def _architecture(path: Path, config: dict[str, Any]) -> str:
         CheckpointError: it names another, several or none.
     """
     found = config.get("architectures")
+    if found is None or found == ["LLaMAForCausalLM"]:
+        # Some files name only the model type; the first conversions of Llama 1 spell it otherwise.
+        found = [ARCHITECTURE_BY_MODEL_TYPE.get(str(config.get("model_type")), "none")]
     if isinstance(found, list) and len(found) == 1 and found[0] in SUPPORTED_ARCHITECTURES:
         return str(found[0])
-    if isinstance(found, list):
-        shown = ", ".join(map(str, found)) or "none"
-    else:
-        shown = f"none (model_type {config.get('model_type')!r})"
+    shown = ", ".join(map(str, found)) if isinstance(found, list) else repr(found)
+    shown = f"{shown or 'none'} (model_type {config.get('model_type')})"
     raise CheckpointError(
-        f"{path}: architectures: found {shown}; supported are {', '.join(SUPPORTED_ARCHITECTURES)}. "
+        f"{path}: architectures: found {shown}; supported are "
+        f"{', '.join(SUPPORTED_ARCHITECTURES)}. "
         f"Choose a base model of a supported architecture."
     )
 
@@ -162,7 +179,7 @@ def _read_spec(config: Fields, architecture: str, generation: dict[str, Any]) ->
     is_qwen2, is_qwen3 = architecture == "Qwen2ForCausalLM", architecture == "Qwen3ForCausalLM"
     is_llama = architecture == "LlamaForCausalLM"
     hidden_size = config.integer("hidden_size")
-    num_layers = config.integer("num_hidden_layers")
+    num_layers = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
     num_heads = config.integer("num_attention_heads")
     # Absent fields mean what transformers' config class of the architecture takes.
     num_kv_heads = config.integer(
@@ -174,7 +191,7 @@ def _read_spec(config: Fields, architecture: str, generation: dict[str, Any]) ->
     max_position_embeddings = config.integer(
         "max_position_embeddings", default=2048 if is_llama else 32768
     )
-    if "head_dim" not in config and not is_qwen3 and hidden_size % num_heads:
+    if config.get("head_dim") is None and not is_qwen3 and hidden_size % num_heads:
         config.problem(
             "hidden_size",
             f"a multiple of num_attention_heads ({num_heads}), as there is no head_dim",
@@ -188,9 +205,6 @@ def _read_spec(config: Fields, architecture: str, generation: dict[str, Any]) ->
     activation = config.text("hidden_act", default="silu")
     if activation not in ("silu", "swish"):
         config.problem("hidden_act", "silu")
-    if config.get("pretraining_tp", 1) != 1:
-        # Only the order of summation differs; the weights are stored whole.
-        config.integer("pretraining_tp")
     dtype_field = "dtype" if config.get("dtype") is not None else "torch_dtype"
     dtype_name = config.text(dtype_field, default="float32").removeprefix("torch.")
     if dtype_name not in DTYPES:
@@ -229,7 +243,9 @@ def _read_spec(config: Fields, architecture: str, generation: dict[str, Any]) ->
 
 
 def _sliding_windows(config: Fields, architecture: str, num_layers: int) -> tuple[int | None, ...]:
-    """Each layer's window. Mistral: all or none; Qwen: where layer_types or max_window_layers says so; Llama: none."""
+    """Each layer's window. Mistral: all or none; Qwen: where layer_types or max_window_layers says
+    so; Llama: none.
+    """
     if architecture == "LlamaForCausalLM":
         return (None,) * num_layers
     if architecture == "MistralForCausalLM":

@@ -1,43 +1,32 @@
 """Turning a 16-bit checkpoint into a 4-bit one in bitsandbytes' format, tensor by tensor.
 
-transformers loads what is written here, as if it had quantised and saved the model itself: linear layers but the head
-in 4 bits, embeddings, norms, biases and the head as they were. Peak memory is one output file (1 GB) and one tensor.
+transformers loads what is written here, as if it had quantised and saved the model itself: linear
+layers but the head in 4 bits, embeddings, norms, biases and the head as they were. Peak memory is
+one output file (1 GB) and one tensor.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from engine.bnb_format import StoredWeight, weight_tensors
-from engine.checkpoint import MAX_SHARD_BYTES, Checkpoint, ShardWriter
+from engine.bnb_format import StoredWeight
+from engine.checkpoint import Checkpoint
 from engine.errors import CheckpointError
 from engine.json_fields import read_json_object
-from engine.memory import estimate_weights_bytes, format_bytes
+from engine.memory import estimate_weights_bytes
 from engine.model_config import ModelSpec, declared_dtype
+from engine.quantized_folder import QuantizedFolder, QuantSettings
+from engine.shard_writer import MAX_SHARD_BYTES
 from engine.tensor_plan import EMBEDDING, TensorPlan, plan_tensors
-from kernels.nf4 import QuantizedWeight, quantize_4bit
+from kernels.nf4 import QuantizedWeight, QuantType, quantize_4bit
 
 Progress = Callable[[str, int, int], None]
 """(stage, bytes done, bytes in total)."""
-
-COPIED_SUFFIXES = (".json", ".jsonl", ".jinja", ".model", ".tiktoken", ".txt")
-"""What belongs to a model folder besides weights: tokenizer, chat template, generation settings."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantSettings:
-    """How weights are quantised; the group size is 64, the only one that transformers writes."""
-
-    quant_type: Literal["nf4", "fp4"] = "nf4"
-    double_quant: bool = True
 
 
 def stored_quantization(config_path: Path, config: dict[str, Any]) -> bool:
@@ -59,8 +48,8 @@ def stored_quantization(config_path: Path, config: dict[str, Any]) -> bool:
     if method != "bitsandbytes" or is_8bit or not is_4bit:
         found = f"{method} with load_in_8bit" if is_8bit else str(method)
         raise CheckpointError(
-            f"{config_path}: quantization_config: found quant_method {found}; supported is bitsandbytes with "
-            f"load_in_4bit (nf4 or fp4). {remedy}"
+            f"{config_path}: quantization_config: found quant_method {found}; supported is "
+            f"bitsandbytes with load_in_4bit (nf4 or fp4). {remedy}"
         )
     return True
 
@@ -110,51 +99,11 @@ def _quantize(
         ) from error
 
 
-def tensors_to_write(name: str, value: torch.Tensor | QuantizedWeight) -> dict[str, torch.Tensor]:
-    """One of the model's tensors as the tensors of a file."""
-    return weight_tensors(name, value) if isinstance(value, QuantizedWeight) else {name: value}
-
-
-def write_companions(src: Path, dst: Path, settings: QuantSettings, dtype: torch.dtype) -> None:
-    """config.json with its quantization_config, and copies of the tokenizer and the like.
-
-    Raises:
-        OSError: the disk is full or not writable.
-    """
-    config = read_json_object(src / "config.json")
-    config["quantization_config"] = {
-        "_load_in_4bit": True,
-        "_load_in_8bit": False,
-        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
-        "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": settings.quant_type,
-        "bnb_4bit_use_double_quant": settings.double_quant,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": None,
-        "llm_int8_threshold": 6.0,
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "quant_method": "bitsandbytes",
-    }
-    text = json.dumps(config, indent=2, ensure_ascii=False)
-    (dst / "config.json").write_text(text + "\n", encoding="utf-8")
-    for path in sorted(src.iterdir()):
-        is_weight_index = path.name.endswith(".index.json")
-        if (
-            path.is_file()
-            and path.suffix in COPIED_SUFFIXES
-            and not is_weight_index
-            and path.name != "config.json"
-        ):
-            shutil.copyfile(path, dst / path.name)
-
-
 def quantize_checkpoint(
     src: str | Path,
     dst: str | Path,
     *,
-    quant_type: Literal["nf4", "fp4"] = "nf4",
+    quant_type: QuantType = "nf4",
     double_quant: bool = True,
     progress: Progress = lambda *_: None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -170,10 +119,11 @@ def quantize_checkpoint(
         max_shard_bytes: weights are split into files of about this size.
 
     Raises:
-        CheckpointError: src is no supported 16-bit checkpoint, or dst is in use or cannot be written.
+        CheckpointError: src is no supported 16-bit checkpoint, or dst is in use or cannot be
+            written.
         ValueError: quant_type is unknown.
     """
-    src, dst = Path(src), Path(dst)
+    src, dst = Path(src), Path(dst).absolute()
     if quant_type not in ("nf4", "fp4"):
         raise ValueError(f"quant_type: expected nf4 or fp4, got {quant_type!r}")
     settings = QuantSettings(quant_type=quant_type, double_quant=double_quant)
@@ -216,51 +166,3 @@ def checkpoint_dtype(checkpoint: Checkpoint, plan: TensorPlan) -> torch.dtype:
     assert isinstance(source, str)
     codes = {"F16": torch.float16, "BF16": torch.bfloat16}
     return codes.get(checkpoint.tensors[source].dtype, torch.float32)
-
-
-class QuantizedFolder:
-    """A 4-bit model folder being written under a temporary name; vanishes unless it is published."""
-
-    def __init__(
-        self,
-        src: Path,
-        partial: Path,
-        settings: QuantSettings,
-        dtype: torch.dtype,
-        max_shard_bytes: int = MAX_SHARD_BYTES,
-    ) -> None:
-        """Create the folder.
-
-        Raises:
-            OSError: it cannot be created.
-        """
-        self._src = src
-        self._partial = partial
-        self._settings = settings
-        self._dtype = dtype
-        partial.mkdir(parents=True)
-        self._writer = ShardWriter(partial, max_shard_bytes)
-
-    def __enter__(self) -> QuantizedFolder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._partial, ignore_errors=True)
-
-    def check_space(self, needed_bytes: int) -> None:
-        """Raises OSError when the disk has no room for so much."""
-        free = shutil.disk_usage(self._partial).free
-        if free < needed_bytes:
-            raise OSError(
-                f"{format_bytes(needed_bytes)} needed, {format_bytes(free)} free on the disk"
-            )
-
-    def add(self, name: str, value: torch.Tensor | QuantizedWeight) -> None:
-        """Take one of the model's tensors; kept until its file is written. Raises OSError."""
-        self._writer.add(tensors_to_write(name, value))
-
-    def publish(self, dst: Path) -> None:
-        """Finish the files and move the folder to its place at once. Raises OSError."""
-        self._writer.finish()
-        write_companions(self._src, self._partial, self._settings, self._dtype)
-        os.rename(self._partial, dst)

@@ -1,7 +1,8 @@
 """4-bit copies of 16-bit checkpoints, so that the next start need not quantise again.
 
-A copy lies in <cache>/<folder name>-<key>; the key hashes names, sizes and times of the source's files and the
-settings, so a changed source has another copy. Whatever goes wrong here costs a note, never the start.
+A copy lies in <cache>/<folder name>-<key>; the key hashes names, sizes and times of the source's
+files and the settings, so a changed source has another copy. Whatever goes wrong here costs a
+note, never the start.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from engine.checkpoint import Checkpoint
 from engine.errors import CheckpointError
 from engine.model_config import ModelSpec
-from engine.quantize import QuantizedFolder, QuantSettings
+from engine.quantized_folder import QuantizedFolder, QuantSettings
 from engine.tensor_plan import TensorPlan, plan_tensors
 from kernels.nf4 import QuantizedWeight
 
@@ -58,7 +59,9 @@ def open_cached(
 
 
 class CacheWriter:
-    """Writes a copy beside the loading. After the first failure it does nothing more and says so in the notes."""
+    """Writes a copy beside the loading. After the first failure it does nothing more and says so
+    in the notes.
+    """
 
     def __init__(
         self,
@@ -111,7 +114,8 @@ class CacheWriter:
     def _give_up(self, error: OSError) -> None:
         self.close()
         self._notes.append(
-            f"The 4-bit copy could not be kept in {self._folder} ({error}); every start will quantise again. "
+            f"The 4-bit copy could not be kept in {self._folder} ({error}); every start will "
+            f"quantise again. "
             f"--quantized-cache-dir chooses another place."
         )
 

@@ -1,14 +1,17 @@
 """Rotary position embedding: what a config says about it, and the angular frequencies that follow.
 
-Kinds    default; linear (all frequencies divided by a factor); llama3 (long wavelengths divided, short ones kept,
-         a smooth ramp between). Others are refused: dynamic and longrope change already cached keys with the length.
+Kinds    default; linear (all frequencies divided by a factor); llama3 (long wavelengths divided,
+         short ones kept, a smooth ramp between). Others are refused: dynamic and longrope change
+         already cached keys with the length.
 Layout   half rotation, as transformers has it: element i pairs with i + head_dim / 2.
-Source   RoFormer, arXiv:2104.09864; linear scaling, arXiv:2306.15595; llama3: Llama 3.1's published rope_scaling.
+Source   RoFormer, arXiv:2104.09864; linear scaling, arXiv:2306.15595; llama3: Llama 3.1's
+         published rope_scaling.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,7 +34,9 @@ class RopeSpec:
     original_max_position_embeddings: int = 8192
 
     def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
-        """Radians per position, float32 [head_dim / 2]; the angle of pair i at position p is p times element i."""
+        """Radians per position, float32 [head_dim / 2]; the angle of pair i at position p is p
+        times element i.
+        """
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         inv_freq = 1.0 / (self.theta**exponents)
         if self.kind == "linear":
@@ -41,7 +46,9 @@ class RopeSpec:
         return inv_freq
 
     def _llama3(self, inv_freq: torch.Tensor) -> torch.Tensor:
-        """Divide what turns less than low_freq_factor times in the original context, keep what turns often."""
+        """Divide what turns less than low_freq_factor times in the original context, keep what
+        turns often.
+        """
         wavelength = 2 * math.pi / inv_freq
         turns = self.original_max_position_embeddings / wavelength
         smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
@@ -52,41 +59,40 @@ class RopeSpec:
 def read_rope(config: Fields, max_position_embeddings: int) -> RopeSpec:
     """The rotary embedding named by a config, in either spelling.
 
-    Published checkpoints have rope_theta and rope_scaling; transformers 5 writes rope_parameters, in which rope_theta
-    may be nested. Problems are recorded in `config`.
+    Published checkpoints have rope_theta and rope_scaling; transformers 5 writes rope_parameters,
+    with rope_theta inside. Problems are recorded in `config`.
     """
-    spelling = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
-    scaling = config.child(spelling)
+    # Where both are present transformers takes rope_scaling. "type" is the older name of rope_type.
+    scaling = config.child("rope_scaling" if config.get("rope_scaling") else "rope_parameters")
     theta = config.number("rope_theta", default=10000.0, above=0.0)
-    if "rope_theta" in scaling:
-        theta = scaling.number("rope_theta", above=0.0)
-    for outer in (config, scaling):
-        if outer.number("partial_rotary_factor", default=1.0) != 1.0:
-            outer.problem(
-                "partial_rotary_factor", "1.0: partial rotary embeddings are not supported"
-            )
-    # A null or empty rope_scaling means the default; "type" is the name before transformers 4.43.
+    theta = scaling.number("rope_theta", default=theta, above=0.0)
+    for fields in (config, scaling):
+        if fields.number("partial_rotary_factor", default=1.0) != 1.0:
+            fields.problem("partial_rotary_factor", "1.0, as no partial rotation is supported")
+    for name in scaling:
+        if isinstance(scaling.get(name), Mapping):
+            scaling.problem(name, "no nested object: one rotary embedding for all layers")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return RopeSpec(theta=theta)
     if kind not in SUPPORTED_ROPE_TYPES:
-        scaling.problem("rope_type", f"one of {', '.join(SUPPORTED_ROPE_TYPES)}", found=kind)
-        return RopeSpec(theta=theta)
-    factor = scaling.number("factor", above=0.0)
+        field = "type" if scaling.get("rope_type") is None else "rope_type"
+        scaling.problem(field, f"one of {', '.join(SUPPORTED_ROPE_TYPES)}", found=kind)
     if kind == "linear":
-        return RopeSpec(theta=theta, kind="linear", factor=factor)
+        return RopeSpec(theta=theta, kind="linear", factor=scaling.number("factor", above=0.0))
+    if kind != "llama3":
+        return RopeSpec(theta=theta)
     low = scaling.number("low_freq_factor", above=0.0)
     high = scaling.number("high_freq_factor", above=0.0)
     if high <= low:
-        scaling.problem("high_freq_factor", f"more than low_freq_factor ({low})")
-        high = low + 1.0
+        scaling.problem("high_freq_factor", f"a number above low_freq_factor ({low:g})")
+    original = scaling.integer("original_max_position_embeddings", default=max_position_embeddings)
     return RopeSpec(
         theta=theta,
         kind="llama3",
-        factor=factor,
+        factor=scaling.number("factor", above=0.0),
         low_freq_factor=low,
         high_freq_factor=high,
-        original_max_position_embeddings=scaling.integer(
-            "original_max_position_embeddings", default=max_position_embeddings
+        # Above all it is taken from beside the rope's own object, as in transformers.
+        original_max_position_embeddings=config.integer(
+            "original_max_position_embeddings", default=original
         ),
     )

@@ -1,15 +1,17 @@
 """Which tensor of a checkpoint fills which place of the model; every mismatch in one error.
 
-Rules  A folder saved from the bare decoder lacks the prefix "model.": it is added when no name has it.
-       rotary_emb.inv_freq, stored by early checkpoints, is ignored: frequencies follow from config.json.
-       A tied head that is stored all the same is dropped when equal to the embedding; else it counts, as in
-       transformers. A tied embedding stored only as lm_head.weight is taken from there.
+Rules  A folder saved from the bare decoder lacks the prefix "model.": it is added when no name has
+       it. rotary_emb.inv_freq, stored by early checkpoints, is ignored: frequencies follow from
+       config.json. A tied head that is stored all the same is dropped when equal to the embedding;
+       else it counts, as in transformers. A tied embedding stored only as lm_head.weight is taken
+       from there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from engine.bnb_format import StoredWeight, group_parts, inspect_weight, part_of
 from engine.checkpoint import Checkpoint
@@ -29,7 +31,9 @@ class TensorPlan:
     spec: ModelSpec
     """As given, but for a head that turned out not to be tied."""
     sources: dict[str, str | StoredWeight]
-    """By the model's tensor name: the dense tensor's name in the checkpoint, or a checked 4-bit weight."""
+    """By the model's tensor name: the dense tensor's name in the checkpoint, or a checked 4-bit
+    weight.
+    """
 
     @property
     def quantized(self) -> dict[str, StoredWeight]:
@@ -50,7 +54,8 @@ def plan_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> TensorPlan:
     """Match a checkpoint with a model.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected or misshaped, or a quant state is broken; all are listed.
+        CheckpointError: tensors are missing, unexpected or misshaped, or a quant state is broken;
+            all are listed.
     """
     names = {
         _canonical(name, prefix): name
@@ -88,7 +93,15 @@ def plan_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> TensorPlan:
             problems.append(f"{info.file}: tensor {name} {list(info.shape)} is unexpected")
     if problems:
         _raise(checkpoint, spec, problems)
-    return TensorPlan(spec, sources)
+
+    def position(source: str | StoredWeight) -> tuple[Path, int]:
+        stored = source.packed_name if isinstance(source, StoredWeight) else source
+        info = checkpoint.tensors[stored]
+        return info.file, info.offset
+
+    # In the order of the disk, so that the system reads ahead.
+    ordered = dict(sorted(sources.items(), key=lambda item: position(item[1])))
+    return TensorPlan(spec, ordered)
 
 
 def _prefix(checkpoint: Checkpoint) -> str:
@@ -130,6 +143,8 @@ def _raise(checkpoint: Checkpoint, spec: ModelSpec, problems: list[str]) -> None
         shown.append(f"... and {len(problems) - MAX_SHOWN} more")
     listing = "\n  ".join(shown)
     raise CheckpointError(
-        f"{checkpoint.folder}: the weights do not fit the {spec.architecture} that config.json describes:\n"
-        f"  {listing}\nDownload config.json and the weight files again, from one and the same revision."
+        f"{checkpoint.folder}: the weights do not fit the {spec.architecture} that config.json "
+        f"describes:\n"
+        f"  {listing}\nDownload config.json and the weight files again, from one and the same "
+        f"revision."
     )

@@ -1,7 +1,9 @@
-"""Loading a base model: what is asked for, what the folder has, what fits in memory; then tensor by tensor.
+"""Loading a base model: what is asked for, what the folder has, what fits in memory; then tensor
+by tensor.
 
-A 16-bit folder is quantised while it streams in and its 4-bit copy kept (engine/quantized_cache.py); a bitsandbytes
-4-bit folder is taken as it is. Peak host memory is the loaded model and the largest single tensor.
+A 16-bit folder is quantised while it streams in and its 4-bit copy kept
+(engine/quantized_cache.py); a bitsandbytes 4-bit folder is taken as it is. Peak host memory is the
+loaded model and the largest single tensor.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from engine.memory import (
 )
 from engine.model import CausalLM
 from engine.model_config import DTYPES, ModelSpec, declared_dtype
-from engine.quantize import QuantSettings, checkpoint_dtype, read_tensors, stored_quantization
+from engine.quantize import checkpoint_dtype, read_tensors, stored_quantization
 from engine.quantized_cache import CacheWriter, cached_folder, default_cache_dir, open_cached
+from engine.quantized_folder import QuantSettings
 from engine.tensor_plan import TensorPlan, plan_tensors
 from kernels.nf4 import QuantizedWeight, dequantize_4bit
 
@@ -80,8 +83,10 @@ def load_model(
         plan = plan_tensors(checkpoint, spec)
         if says_4bit and not plan.quantized:
             raise CheckpointError(
-                f"{folder / 'config.json'}: quantization_config announces 4-bit weights, but no tensor has a "
-                f"quant_state. Download the folder again, or remove quantization_config if the weights are 16-bit."
+                f"{folder / 'config.json'}: quantization_config announces 4-bit weights, but no "
+                f"tensor has a "
+                f"quant_state. Download the folder again, or remove quantization_config if the "
+                f"weights are 16-bit."
             )
         quantization = _choose_quantization(config.quantization, plan, folder)
         stored_dtype = declared_dtype(raw_config) or checkpoint_dtype(checkpoint, plan)
@@ -140,7 +145,8 @@ def _choose_quantization(asked: str, plan: TensorPlan, folder: Path) -> str:
         return "nf4" if asked == "auto" else asked
     if asked in ("nf4", "fp4") and stored != [asked]:
         raise CheckpointError(
-            f"{folder}: --quantization {asked} was asked for, but the checkpoint is {' and '.join(stored)}; converting "
+            f"{folder}: --quantization {asked} was asked for, but the checkpoint is "
+            f"{' and '.join(stored)}; converting "
             f"would lose accuracy twice. Use --quantization auto, or take the 16-bit original."
         )
     # Where a checkpoint has both, most weights decide the name; each runs as it is stored.
@@ -151,12 +157,15 @@ def _choose_quantization(asked: str, plan: TensorPlan, folder: Path) -> str:
 def _choose_dtype(
     asked: str, stored: torch.dtype, device: torch.device, notes: list[str]
 ) -> torch.dtype:
-    """The type to run in. CPUs multiply float16 without hardware help, 15 times slower than bfloat16."""
+    """The type to run in. CPUs multiply float16 without hardware help, 15 times slower than
+    bfloat16.
+    """
     if asked != "auto":
         return DTYPES[asked]
     if device.type == "cpu" and stored is torch.float16:
         notes.append(
-            "This float16 model runs in bfloat16, because float16 is slow on CPUs; --dtype float16 or float32 "
+            "This float16 model runs in bfloat16, because float16 is slow on CPUs; --dtype "
+            "float16 or float32 "
             "overrides."
         )
         return torch.bfloat16

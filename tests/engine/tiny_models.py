@@ -89,7 +89,9 @@ def save_model(folder: Path, name: str, dtype: torch.dtype = torch.float32, **ch
 
 
 def load(folder: Path, tmp_path: Path | None = None, **flags: object) -> LoadedModel:
-    """load_model on the CPU, by default as the folder is and with the cache in a temporary folder."""
+    """load_model on the CPU, by default as the folder is and with the cache in a temporary
+    folder.
+    """
     flags.setdefault("quantized_cache_dir", str((tmp_path or folder.parent) / "cache"))
     return load_model(ModelConfig(base="x", **flags), folder, "cpu")  # type: ignore[arg-type]
 
@@ -138,7 +140,9 @@ def oracle_logits(model, prompts: list[list[int]]) -> list[torch.Tensor]:
 
 
 def dense_oracle(folder: Path, dtype: torch.dtype):
-    """The transformers model of a 4-bit folder, its weights dequantised by the plain formula into dense ones."""
+    """The transformers model of a 4-bit folder, its weights dequantised by the plain formula into
+    dense ones.
+    """
     spec = ModelSpec.from_folder(folder)
     config = transformers.AutoConfig.from_pretrained(folder)
     del config.quantization_config
