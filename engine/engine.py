@@ -276,14 +276,20 @@ class Engine:
         sequence.append(token.token_id)
         is_stop = token.token_id in sequence.stop_token_ids
         num_output_tokens = len(sequence.output_token_ids)
-        matcher = sequence.grammar
         reason: FinishReason | None = None
         if is_stop and num_output_tokens > sequence.params.min_tokens:
             reason = "stop"
-        elif matcher is not None and matcher.is_finished():
-            reason, is_stop = "stop", False
-        elif num_output_tokens >= sequence.max_tokens:
-            reason, is_stop = "length", False
+        else:
+            is_stop, grammar = False, sequence.grammar
+            if grammar is not None:
+                try:
+                    grammar.accept(token.token_id)
+                except GrammarError as error:
+                    return self._finish(sequence, "error", error=error)
+                if grammar.is_finished():
+                    reason = "stop"
+            if reason is None and num_output_tokens >= sequence.max_tokens:
+                reason = "length"
         logprobs = (token.logprobs,) if token.logprobs is not None else None
         if reason is None:
             return self._delta(sequence, (token.token_id,), logprobs)
