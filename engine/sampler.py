@@ -1,0 +1,295 @@
+"""From logits to tokens: each sequence's parameters, gathered into tensors, and the operators.
+
+The arithmetic and its order are in kernels/sampling.py. What a batch needs is worked out when its
+list of sequences changes and kept as long as it stays, which while decoding is many steps; a
+parameter that no sequence uses costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.api import TokenLogprobs
+from engine.errors import EngineError, GrammarError
+from engine.sequence import Sequence
+from kernels.sampling import (
+    GREEDY_BELOW,
+    apply_bitmask,
+    apply_penalties,
+    draw,
+    greedy,
+    top_logprobs,
+    uniform,
+)
+
+
+class SamplingError(EngineError):
+    """No token can be chosen for a sequence; it ends, the others go on."""
+
+    code = "sampling_failed"
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """One sequence's next token, or the reason why there is none."""
+
+    token_id: int
+    """-1 exactly when there is an error."""
+    logprobs: TokenLogprobs | None = None
+    """Where the request asked for them."""
+    error: EngineError | None = None
+
+
+class Sampler:
+    """Keeps what the last batch needed. One thread calls it."""
+
+    def __init__(self) -> None:
+        self._plan: _Plan | None = None
+
+    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
+        """Choose the next token of each sequence.
+
+        A grammar's matcher goes on by the chosen token here: callers must not accept it again.
+        Nothing else of a sequence changes; appending the token is the caller's.
+
+        Args:
+            logits: float32 [num_seqs, vocab_size], row i of sequences[i]. May be changed.
+
+        Returns:
+            One entry per sequence. A row has an error, and the others their tokens, when its
+            logits hold NaN or plus infinity, when penalties, bias and grammar together leave no
+            token, or when its grammar exceeds its limits.
+        """
+        plan = self._plan
+        if plan is None or plan.sequences != sequences or plan.device != logits.device:
+            plan = self._plan = _make_plan(sequences, logits)
+        errors: dict[int, EngineError] = {}
+        if plan.grammar_rows:  # first: on a GPU the model is still running
+            _fill_masks(plan, errors)
+        raw = logits[plan.logprob_rows] if plan.logprob_rows else None
+        is_broken = ~logits.amax(dim=-1).isfinite()
+        if plan.changes_logits:
+            _change_logits(plan, logits)
+        token_ids = _choose(plan, logits, is_broken, errors).tolist()
+        for row in plan.grammar_rows:
+            if row not in errors:
+                try:
+                    sequences[row].grammar.accept(token_ids[row])
+                except GrammarError as error:
+                    errors[row] = error
+        logprobs = _report(plan, raw, token_ids) if raw is not None else {}
+        if not errors and not logprobs:
+            return [SampledToken(token_id) for token_id in token_ids]
+        return [
+            SampledToken(-1, None, errors[row])
+            if row in errors
+            else SampledToken(token_id, logprobs.get(row))
+            for row, token_id in enumerate(token_ids)
+        ]
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A batch's parameters as tensors on the logits' device; rows are row numbers."""
+
+    sequences: list[Sequence]
+    device: torch.device
+    greedy_rows: list[int] = field(default_factory=list)
+    drawn_rows: list[int] = field(default_factory=list)
+    seeds: Tensor | None = None  # int64 [num_drawn], on the CPU
+    temperature: Tensor | None = None  # float32 [num_drawn]
+    min_p: Tensor | None = None
+    top_k: Tensor | None = None
+    top_p: Tensor | None = None
+    penalty_rows: list[int] = field(default_factory=list)
+    penalties: Tensor | None = None  # float32 [num_penalised, 3]: repetition, presence, frequency
+    bias: tuple[Tensor, Tensor, Tensor] | None = None  # rows, token ids, amounts
+    min_tokens_rows: list[int] = field(default_factory=list)
+    grammar_rows: list[int] = field(default_factory=list)
+    bitmask: Tensor | None = None  # int32 [num_grammars, words], on the CPU
+    logprob_rows: list[int] = field(default_factory=list)
+    num_logprobs: int = 0
+
+    @property
+    def changes_logits(self) -> bool:
+        return bool(self.penalty_rows or self.bias or self.min_tokens_rows or self.grammar_rows)
+
+
+def _make_plan(sequences: list[Sequence], logits: Tensor) -> _Plan:
+    plan = _Plan(sequences=list(sequences), device=logits.device)
+    params = [sequence.params for sequence in sequences]
+    for row, p in enumerate(params):
+        (plan.drawn_rows if p.temperature >= GREEDY_BELOW else plan.greedy_rows).append(row)
+        if p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty:
+            plan.penalty_rows.append(row)
+        if p.min_tokens > len(sequences[row].output_token_ids):
+            plan.min_tokens_rows.append(row)
+        if sequences[row].grammar is not None:
+            plan.grammar_rows.append(row)
+        if p.logprobs is not None:
+            plan.logprob_rows.append(row)
+            plan.num_logprobs = max(plan.num_logprobs, p.logprobs)
+
+    def column(values: Iterable[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype).to(plan.device)
+
+    drawn = [params[row] for row in plan.drawn_rows]
+    if drawn:
+        plan.seeds = torch.tensor([sequences[row].seed for row in plan.drawn_rows])
+        plan.temperature = column(p.temperature for p in drawn)
+        if any(p.min_p > 0.0 for p in drawn):
+            plan.min_p = column(p.min_p for p in drawn)
+        if any(p.top_k > 0 for p in drawn):
+            plan.top_k = column((p.top_k for p in drawn), torch.int64)
+        if any(p.top_p < 1.0 for p in drawn):
+            plan.top_p = column(p.top_p for p in drawn)
+    if plan.penalty_rows:
+        kept = [params[row] for row in plan.penalty_rows]
+        plan.penalties = torch.tensor(
+            [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in kept]
+        )
+    biases = [(row, *entry) for row, p in enumerate(params) for entry in p.logit_bias]
+    if biases:
+        rows, token_ids, amounts = zip(*biases, strict=True)
+        plan.bias = (column(rows, torch.int64), column(token_ids, torch.int64), column(amounts))
+    if plan.grammar_rows:
+        num_words = (logits.shape[1] + 31) // 32
+        plan.bitmask = torch.empty((len(plan.grammar_rows), num_words), dtype=torch.int32)
+    return plan
+
+
+def _fill_masks(plan: _Plan, errors: dict[int, EngineError]) -> None:
+    assert plan.bitmask is not None
+    for row, mask in zip(plan.grammar_rows, plan.bitmask, strict=True):
+        try:
+            plan.sequences[row].grammar.fill_mask(mask)
+        except GrammarError as error:
+            errors[row] = error
+            mask.fill_(-1)
+
+
+def _change_logits(plan: _Plan, logits: Tensor) -> None:
+    """Steps 1 to 4 of the order in kernels/sampling.py, in place."""
+    if plan.penalty_rows:
+        _penalise(plan, logits)
+    if plan.bias is not None:
+        rows, token_ids, amounts = plan.bias
+        logits.index_put_((rows, token_ids), amounts, accumulate=True)
+    for row in plan.min_tokens_rows:
+        sequence = plan.sequences[row]
+        if len(sequence.output_token_ids) < sequence.params.min_tokens:
+            stop = [i for i in sequence.stop_token_ids if i < logits.shape[1]]
+            logits[row, stop] = -torch.inf
+    if plan.bitmask is not None:
+        apply_bitmask(logits, plan.grammar_rows, plan.bitmask)
+
+
+def _penalise(plan: _Plan, logits: Tensor) -> None:
+    assert plan.penalties is not None
+    entries = [_occurrences(plan.sequences[row]) for row in plan.penalty_rows]
+    lengths = torch.tensor([len(token_ids) for token_ids, _ in entries])
+    token_ids = torch.cat([token_ids for token_ids, _ in entries]).to(plan.device)
+    counts = torch.cat([counts for _, counts in entries]).to(plan.device)
+    rows = torch.tensor(plan.penalty_rows).repeat_interleave(lengths).to(plan.device)
+    values = plan.penalties.repeat_interleave(lengths, dim=0).to(plan.device)
+    apply_penalties(logits, rows, token_ids, counts, *values.unbind(dim=1))
+
+
+def _choose(
+    plan: _Plan, logits: Tensor, is_broken: Tensor, errors: dict[int, EngineError]
+) -> Tensor:
+    """Token id of each row: int64 [num_seqs]; rows in `errors` hold any."""
+    is_dead = is_broken
+    if plan.changes_logits:
+        is_dead = is_broken | (logits.amax(dim=-1) == -torch.inf)
+    dead_rows = is_dead.nonzero().flatten().tolist()
+    if dead_rows:
+        for row, broken in zip(dead_rows, is_broken[dead_rows].tolist(), strict=True):
+            errors.setdefault(row, _dead_row_error(broken))
+        logits[dead_rows] = 0.0
+    if not plan.drawn_rows:
+        return greedy(logits)
+    assert plan.seeds is not None and plan.temperature is not None
+    positions = [len(plan.sequences[row].output_token_ids) for row in plan.drawn_rows]
+    noise = uniform(plan.seeds, torch.tensor(positions)).to(plan.device)
+    drawn = draw(
+        logits[plan.drawn_rows] if plan.greedy_rows else logits,
+        plan.temperature,
+        noise,
+        min_p=plan.min_p,
+        top_k=plan.top_k,
+        top_p=plan.top_p,
+    )
+    if not plan.greedy_rows:
+        return drawn
+    token_ids = torch.empty(logits.shape[0], dtype=torch.int64, device=plan.device)
+    token_ids[plan.drawn_rows] = drawn
+    token_ids[plan.greedy_rows] = greedy(logits[plan.greedy_rows])
+    return token_ids
+
+
+def _dead_row_error(is_broken: bool) -> EngineError:
+    if is_broken:
+        return SamplingError(
+            "The model's output for this request is not finite. Check the adapter and lora_scale, "
+            "or serve with --dtype bfloat16 or float32."
+        )
+    return SamplingError(
+        "No token is left to choose from: logit_bias, min_tokens and the response format or "
+        "grammar exclude each other. Change one of them."
+    )
+
+
+def _report(plan: _Plan, raw: Tensor, token_ids: list[int]) -> dict[int, TokenLogprobs]:
+    """Row -> log-probabilities, for the rows that asked."""
+    rows = plan.logprob_rows
+    chosen = torch.tensor([max(token_ids[row], 0) for row in rows], device=raw.device)
+    own, values, ids = (x.tolist() for x in top_logprobs(raw, chosen, plan.num_logprobs))
+    report = {}
+    for i, row in enumerate(rows):
+        num_top = plan.sequences[row].params.logprobs
+        top = tuple(zip(ids[i][:num_top], values[i][:num_top], strict=True))
+        report[row] = TokenLogprobs(token_ids[row], own[i], top)
+    return report
+
+
+class _Occurrences:
+    """Which tokens a sequence holds and how often its output does, kept from step to step."""
+
+    def __init__(self, prompt_token_ids: Iterable[int]) -> None:
+        self.index: dict[int, int] = {}
+        self.token_ids = np.fromiter(dict.fromkeys(prompt_token_ids), dtype=np.int64)
+        self.counts = np.zeros(len(self.token_ids), dtype=np.float32)
+        self.index = {int(token_id): i for i, token_id in enumerate(self.token_ids)}
+        self.num_read = 0
+
+    def read(self, output_token_ids: list[int]) -> None:
+        """Count what has been appended since the last call."""
+        for token_id in output_token_ids[self.num_read :]:
+            place = self.index.setdefault(token_id, len(self.index))
+            if place == len(self.token_ids):
+                self.token_ids = np.resize(self.token_ids, max(16, 2 * place))
+                self.counts = np.concatenate(
+                    (self.counts, np.zeros(len(self.token_ids) - place, dtype=np.float32))
+                )
+            self.token_ids[place] = token_id
+            self.counts[place] += 1
+        self.num_read = len(output_token_ids)
+
+
+def _occurrences(sequence: Sequence) -> tuple[Tensor, Tensor]:
+    """Token ids int64 [m] and their counts in the output float32 [m]; the prompt's where needed."""
+    state = sequence.sampler_state
+    if state is None:
+        is_needed = sequence.params.repetition_penalty != 1.0
+        state = _Occurrences(sequence.prompt_token_ids if is_needed else ())
+        sequence.sampler_state = state
+    state.read(sequence.output_token_ids)
+    num_tokens = len(state.index)
+    token_ids = torch.from_numpy(state.token_ids[:num_tokens])
+    return token_ids, torch.from_numpy(state.counts[:num_tokens])
