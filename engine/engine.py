@@ -273,6 +273,8 @@ class Engine:
 
     def _advance(self, sequence: Sequence, token: SampledToken) -> RequestDelta:
         """Append one token and say so, with the end where it is one."""
+        if token.error is not None:
+            return self._finish(sequence, "error", error=token.error)
         sequence.append(token.token_id)
         is_stop = token.token_id in sequence.stop_token_ids
         num_output_tokens = len(sequence.output_token_ids)

@@ -135,7 +135,7 @@ def create_engine(
     engine = Engine(
         config,
         ModelRunner(model, kv_caches, pool, block_size=block_size, device=device),
-        Sampler(spec.vocab_size, spec.eos_token_ids, device),
+        Sampler(),
         GrammarCompiler(folder, spec.vocab_size, spec.eos_token_ids),
         pool,
         num_blocks=num_blocks,
