@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,7 +23,6 @@ from engine.api import (
     ErrorInfo,
     FinishReason,
     GenerateRequest,
-    GrammarSpec,
     LoadAdapter,
     RequestDelta,
     StepOutput,
@@ -40,30 +39,18 @@ from engine.errors import (
     NotEnoughMemory,
     RequestError,
 )
-from engine.model_runner import ModelRunner, StepResult
+from engine.model_runner import ModelRunner
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 
 if TYPE_CHECKING:
-    from engine.grammar import Grammar
+    from engine.grammar import Grammar, GrammarCompiler
     from engine.lora_pool import LoraPool
-    from engine.sampler import SampledToken
+    from engine.sampler import SampledToken, Sampler
 
 logger = logging.getLogger(__name__)
 
 Items = list[tuple[Sequence, int]]
-
-
-class TokenSampler(Protocol):
-    """engine.sampler.Sampler, or a fake in tests."""
-
-    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[SampledToken]: ...
-
-
-class Compiler(Protocol):
-    """engine.grammar.GrammarCompiler, or a fake in tests."""
-
-    def submit(self, spec: GrammarSpec) -> Future[Grammar]: ...
 
 
 class Engine:
@@ -73,8 +60,8 @@ class Engine:
         self,
         config: EngineConfig,
         runner: ModelRunner,
-        sampler: TokenSampler,
-        compiler: Compiler,
+        sampler: Sampler,
+        compiler: GrammarCompiler,
         lora_pool: LoraPool,
         *,
         num_blocks: int,
@@ -217,16 +204,17 @@ class Engine:
         assert users == self._num_users, f"{users} use adapters, {self._num_users} were counted"
 
     def close(self) -> None:
-        """Stop the loader thread."""
+        """Stop the threads that load adapters and compile grammars."""
         self._pool.close()
+        self._compiler.close()
 
     # One step.
 
+    @torch.inference_mode()
     def _run(self, items: Items, deltas: list[RequestDelta]) -> None:
         """Run and sample; on an error find out whose it is by running each sequence alone."""
         try:
             result = self._runner.run(items)
-            self._drop_non_finite(result, deltas)
             tokens = self._sampler.sample(result.logits, result.sampled) if result.sampled else []
         except torch.AcceleratorError:
             raise  # the device is lost; nothing can be repeated
@@ -236,14 +224,13 @@ class Engine:
             if len(items) > 1:
                 logger.warning("A step failed (%r); repeating it one sequence at a time.", error)
                 for item in items:
-                    if item[0].request_id in self._sequences:
-                        self._run([item], deltas)
+                    self._run([item], deltas)
                 return
             if not isinstance(error, RequestError | AdapterError):
                 logger.exception("A forward pass failed.")
             deltas.append(self._finish_failed(items[0][0], _as_engine_error(error)))
             return
-        self.scheduler.complete([item for item in items if item[0].block_table])
+        self.scheduler.complete(items)
         for sequence, entries in result.prompt_logprobs:
             sequence.prompt_logprobs += entries
         deltas += [
@@ -251,25 +238,6 @@ class Engine:
             for sequence, token in zip(result.sampled, tokens, strict=True)
         ]
         deltas += [self._finish(s, "stop", score=score) for s, score in result.scores]
-
-    def _drop_non_finite(self, result: StepResult, deltas: list[RequestDelta]) -> None:
-        """End the sequences whose logits hold NaN or infinity and keep the others."""
-        if not result.sampled:
-            return
-        # One reduction instead of a mask over all logits; a finite row of a model's logits has a finite sum.
-        is_finite = result.logits.sum(dim=-1).isfinite().tolist()
-        if all(is_finite):
-            return
-        for sequence, is_good in zip(result.sampled, is_finite, strict=True):
-            if not is_good:
-                error = EngineError(
-                    "The model's output for this request is not finite. Check the adapter and lora_scale, or serve "
-                    "with --dtype bfloat16 or float32."
-                )
-                deltas.append(self._finish_failed(sequence, error))
-        rows = [row for row, is_good in enumerate(is_finite) if is_good]
-        result.logits = result.logits[rows]
-        result.sampled = [result.sampled[row] for row in rows]
 
     def _advance(self, sequence: Sequence, token: SampledToken) -> RequestDelta:
         """Append one token and say so, with the end where it is one."""
@@ -282,15 +250,10 @@ class Engine:
         if is_stop and num_output_tokens > sequence.params.min_tokens:
             reason = "stop"
         else:
-            is_stop, grammar = False, sequence.grammar
-            if grammar is not None:
-                try:
-                    grammar.accept(token.token_id)
-                except GrammarError as error:
-                    return self._finish(sequence, "error", error=error)
-                if grammar.is_finished():
-                    reason = "stop"
-            if reason is None and num_output_tokens >= sequence.max_tokens:
+            is_stop = False
+            if sequence.grammar is not None and sequence.grammar.is_finished():
+                reason = "stop"
+            elif num_output_tokens >= sequence.max_tokens:
                 reason = "length"
         logprobs = (token.logprobs,) if token.logprobs is not None else None
         if reason is None:

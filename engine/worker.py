@@ -58,6 +58,9 @@ Progress = Callable[[str, int, int], None]
 LOADING_POLL_S = 0.002
 """How often to look for a finished adapter or grammar while no sequence can run."""
 
+PROGRESS_S = 0.1
+"""Least time between two progress messages of one stage."""
+
 
 def run_worker(
     conn: Connection, config: EngineConfig, folder: Path, load_adapter: LoadAdapterFiles
@@ -74,9 +77,7 @@ def run_worker(
     _die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s")
     try:
-        engine, info = create_engine(
-            config, folder, load_adapter, lambda *values: _send_progress(conn, *values)
-        )
+        engine, info = create_engine(config, folder, load_adapter, _progress_sender(conn))
         conn.send(info)
         try:
             serve(conn, engine)
@@ -136,7 +137,7 @@ def create_engine(
         config,
         ModelRunner(model, kv_caches, pool, block_size=block_size, device=device),
         Sampler(),
-        GrammarCompiler(folder, spec.vocab_size, spec.eos_token_ids),
+        GrammarCompiler(config.model.tokenizer or folder, spec.vocab_size, spec.eos_token_ids),
         pool,
         num_blocks=num_blocks,
         max_model_len=max_model_len,
@@ -157,7 +158,7 @@ def create_engine(
         kv_cache_bytes=num_blocks * bytes_per_block,
         base_fingerprint=loaded.fingerprint,
         load_s=time.perf_counter() - started_s,
-        quantization=config.model.quantization,
+        quantization=loaded.quantization,
         notes=tuple(loaded.notes),
     )
     return engine, info
@@ -259,8 +260,18 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _send_progress(conn: Connection, stage: str, done: int, total: int) -> None:
-    conn.send(LoadProgress(stage=stage, done=done, total=total))
+def _progress_sender(conn: Connection) -> Progress:
+    """Sends progress, but no more often than a person can read: loading may report each tensor."""
+    last_stage, last_s = "", 0.0
+
+    def send(stage: str, done: int, total: int) -> None:
+        nonlocal last_stage, last_s
+        now_s = time.monotonic()
+        if stage != last_stage or done >= total or now_s - last_s > PROGRESS_S:
+            last_stage, last_s = stage, now_s
+            conn.send(LoadProgress(stage=stage, done=done, total=total))
+
+    return send
 
 
 def _send_failure(conn: Connection, error: ErrorInfo) -> None:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.api import AdapterRef, GenerateRequest, RequestDelta, SamplingParams, TokenLogprobs
+from engine.api import AdapterRef, GenerateRequest, RequestDelta, SamplingParams
 from engine.config import CacheConfig, EngineConfig, LoraConfig, SchedulerConfig
 from engine.engine import Engine
 from engine.errors import AdapterError
 from engine.model_runner import ModelRunner
-from engine.sequence import Sequence
+from engine.sampler import Sampler
 
 VOCAB_SIZE = 64
 EOS = 2
@@ -168,22 +168,6 @@ class FakePool:
         return tuple((ref.uid, ref.generation) for ref in self.rows if ref is not None)
 
 
-@dataclass(frozen=True)
-class FakeSampledToken:
-    token_id: int
-    logprobs: TokenLogprobs | None = None
-
-
-class GreedySampler:
-    """The largest logit; nothing else."""
-
-    def sample(
-        self, logits: torch.Tensor, sequences: list[Sequence]
-    ) -> list[FakeSampledToken]:
-        assert len(logits) == len(sequences)
-        return [FakeSampledToken(token_id) for token_id in logits.argmax(dim=-1).tolist()]
-
-
 class ManualCompiler:
     """Futures that the test completes."""
 
@@ -194,6 +178,9 @@ class ManualCompiler:
         del spec
         self.futures.append(Future())
         return self.futures[-1]
+
+    def close(self) -> None:
+        pass
 
 
 class FakeEngine:
@@ -234,7 +221,7 @@ class FakeEngine:
         self.engine = Engine(
             config,
             runner,
-            GreedySampler(),
+            Sampler(),
             self.compiler,
             self.pool,
             num_blocks=num_blocks,

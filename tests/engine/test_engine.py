@@ -305,6 +305,9 @@ class CountingMatcher:
     def matcher(self):
         return self
 
+    def fill_mask(self, row: torch.Tensor) -> None:
+        row.fill_(-1)
+
     def accept(self, token_id: int) -> None:
         del token_id
         self.num_accepted += 1
