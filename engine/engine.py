@@ -242,7 +242,7 @@ class Engine:
     def _advance(self, sequence: Sequence, token: SampledToken) -> RequestDelta:
         """Append one token and say so, with the end where it is one."""
         if token.error is not None:
-            return self._finish(sequence, "error", error=token.error)
+            return self._finish_failed(sequence, token.error)
         sequence.append(token.token_id)
         is_stop = token.token_id in sequence.stop_token_ids
         num_output_tokens = len(sequence.output_token_ids)
@@ -251,9 +251,14 @@ class Engine:
             reason = "stop"
         else:
             is_stop = False
-            if sequence.grammar is not None and sequence.grammar.is_finished():
-                reason = "stop"
-            elif num_output_tokens >= sequence.max_tokens:
+            if sequence.grammar is not None:
+                try:
+                    sequence.grammar.accept(token.token_id)
+                except GrammarError as error:
+                    return self._finish(sequence, "error", error=error)
+                if sequence.grammar.is_finished():
+                    reason = "stop"
+            if reason is None and num_output_tokens >= sequence.max_tokens:
                 reason = "length"
         logprobs = (token.logprobs,) if token.logprobs is not None else None
         if reason is None:

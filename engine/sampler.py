@@ -54,8 +54,8 @@ class Sampler:
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
         """Choose the next token of each sequence.
 
-        Sequences do not change but for sampler_state: appending the token, and accepting it in
-        the sequence's grammar, is the caller's.
+        A grammar's matcher goes on by the chosen token here: callers do not accept it again.
+        Appending the token to the sequence is the caller's.
 
         Args:
             logits: float32 [num_seqs, vocab_size], row i of sequences[i]. May be changed.
@@ -76,6 +76,12 @@ class Sampler:
         if plan.changes_logits:
             _change_logits(plan, logits)
         token_ids = _choose(plan, logits, is_broken, errors).tolist()
+        for row in plan.grammar_rows:
+            if row not in errors:
+                try:
+                    sequences[row].grammar.accept(token_ids[row])
+                except GrammarError as error:
+                    errors[row] = error
         logprobs = _report(plan, raw, token_ids) if raw is not None else {}
         if not errors and not logprobs:
             return [SampledToken(token_id) for token_id in token_ids]
