@@ -251,14 +251,9 @@ class Engine:
             reason = "stop"
         else:
             is_stop = False
-            if sequence.grammar is not None:
-                try:
-                    sequence.grammar.accept(token.token_id)
-                except GrammarError as error:
-                    return self._finish(sequence, "error", error=error)
-                if sequence.grammar.is_finished():
-                    reason = "stop"
-            if reason is None and num_output_tokens >= sequence.max_tokens:
+            if sequence.grammar is not None and sequence.grammar.is_finished():
+                reason = "stop"  # the sampler has moved the grammar on
+            elif num_output_tokens >= sequence.max_tokens:
                 reason = "length"
         logprobs = (token.logprobs,) if token.logprobs is not None else None
         if reason is None:
