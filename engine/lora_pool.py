@@ -21,7 +21,7 @@ import torch
 
 from engine.api import AdapterRef, ErrorInfo
 from engine.config import LoraConfig
-from engine.errors import AdapterError, EngineError
+from engine.errors import AdapterError, EngineError, NotEnoughMemory
 from engine.lora import SCORE_HEAD, LayerPlan, LoraBatch, LoraWeights, PlacedAdapter
 from engine.lora_placement import PackedAdapter, pack_adapter
 
@@ -185,11 +185,12 @@ class LoraPool:
         self._waiting.setdefault(ref, []).append(done)
         self._pinned.discard(ref)
         if pinned and len(self._pinned) >= len(self._rows) - 1:
-            self._fail(ref, AdapterError(
-                f"Adapter {ref.name!r} cannot be pinned: {len(self._pinned)} of {len(self._rows)} rows are pinned and one "
-                f"must stay free for the others. Raise --max-loras or unload a pinned adapter."
-            ))  # fmt: skip
-            del self._failures[ref]  # of this command, not of the adapter
+            error = AdapterError(
+                f"Adapter {ref.name!r} cannot be pinned: {len(self._pinned)} of {len(self._rows)} rows "
+                f"are pinned and one must stay free for the others. Raise --max-loras or unload a "
+                f"pinned adapter."
+            )
+            self._fail_waiting(ref, error)
             return
         if pinned:
             self._pinned.add(ref)
@@ -206,17 +207,19 @@ class LoraPool:
             self._forget(ref)
 
     def poll(self) -> None:
-        """Take over what the loader has finished. Call once per step, and while idle whenever is_loading."""
-        for ref, future in [
-            (ref, future) for ref, future in self._loading.items() if future.done()
-        ]:
-            del self._loading[ref]
-            self._take_over(ref, future)
+        """Take over what the loader has finished. Once per step, and when idle while is_loading."""
+        for ref, future in list(self._loading.items()):
+            if future.done():
+                del self._loading[ref]
+                self._take_over(ref, future)
         for ref in [ref for ref in self._waiting if ref in self._row_of or ref in self._host]:
             self._answer(ref)
-        for ref in self._pinned:
-            if ref not in self._row_of and self._place(ref) is None:
-                self._start_loading(ref)
+        for ref in [ref for ref in self._pinned if ref not in self._row_of]:
+            try:
+                if self._place(ref) is None:
+                    self._start_loading(ref)
+            except NotEnoughMemory:
+                self._pinned.discard(ref)  # it still runs when there is room
 
     def close(self) -> None:
         """Stop the loader thread once it has finished what it is reading."""
@@ -257,7 +260,11 @@ class LoraPool:
     # Placing and giving way.
 
     def _place(self, ref: AdapterRef) -> int | None:
-        """Copy an adapter from host memory into a row; None when it is not in host memory or no row can be freed."""
+        """Copy an adapter from host memory into a row; None where it is not there or no row is free.
+
+        Raises:
+            NotEnoughMemory: the device has no room, even without the idle adapters.
+        """
         loaded = self._host.get(ref)
         if loaded is None:
             return None
@@ -265,7 +272,7 @@ class LoraPool:
         if row is None:
             return None
         started = time.perf_counter()
-        self._placed[row] = loaded.packed.place(self._device)
+        self._placed[row] = self._copy_to_device(ref, loaded.packed)
         self._rows[row] = _Row(ref, loaded.packed.has_score_head, loaded.packed.num_bytes)
         self._row_of[ref] = row
         self._host.move_to_end(ref)
@@ -273,10 +280,26 @@ class LoraPool:
         self.load_s += time.perf_counter() - started
         return row
 
+    def _copy_to_device(self, ref: AdapterRef, packed: PackedAdapter) -> PlacedAdapter:
+        try:
+            return packed.place(self._device)
+        except torch.OutOfMemoryError:
+            for other in [other for other in self._row_of if self._is_idle(other)]:
+                self._empty_row(other)
+                self.num_evictions += 1
+        try:
+            return packed.place(self._device)
+        except torch.OutOfMemoryError as error:
+            raise NotEnoughMemory(
+                f"Adapter {ref.name!r} needs {packed.num_bytes} bytes on the device and they are not "
+                f"free. Lower --gpu-memory-utilization or --max-loras."
+            ) from error
+
+    def _is_idle(self, ref: AdapterRef) -> bool:
+        return ref not in self._num_users and ref not in self._pinned
+
     def _has_free_row(self) -> bool:
-        return None in self._rows or any(
-            ref not in self._num_users and ref not in self._pinned for ref in self._row_of
-        )
+        return None in self._rows or any(map(self._is_idle, self._row_of))
 
     def _free_row(self) -> int | None:
         """An empty row, made by evicting the least recently used idle adapter where there is none."""
@@ -284,7 +307,7 @@ class LoraPool:
             if found is None:
                 return row
         for ref, row in self._row_of.items():
-            if ref not in self._num_users and ref not in self._pinned:
+            if self._is_idle(ref):
                 self._empty_row(ref)
                 self.num_evictions += 1
                 return row
@@ -303,10 +326,8 @@ class LoraPool:
         if future is not None:
             future.cancel()
         if ref in self._waiting:
-            self._fail(
-                ref, AdapterError(f"Adapter {ref.name!r} was unloaded while it was being loaded.")
-            )
-            del self._failures[ref]
+            error = AdapterError(f"Adapter {ref.name!r} was unloaded while it was being loaded.")
+            self._fail_waiting(ref, error)
         if ref in self._row_of:
             self._empty_row(ref)
 
@@ -361,30 +382,35 @@ class LoraPool:
         self._host[ref] = loaded
         while len(self._host) > self._config.max_cpu_loras:
             self._host.popitem(last=False)
+        if ref in self._waiting:
+            self._answer(ref)  # now: the next one taken over may push it out of host memory
 
     def _fail(self, ref: AdapterRef, error: AdapterError) -> None:
         self._failures[ref] = error
+        self._fail_waiting(ref, error)
+
+    def _answer(self, ref: AdapterRef) -> None:
+        """Tell those who preload an adapter that it is there; place it where a row is free."""
+        try:
+            row = self._row_of.get(ref)
+            if row is None:
+                row = self._place(ref)
+        except NotEnoughMemory as error:
+            self._fail_waiting(ref, error)
+            return
+        loaded = self._host.get(ref)
+        found = self._rows[row] if row is not None else None
+        load_s = loaded.load_s if loaded is not None else 0.0
+        num_bytes = found.num_bytes if found is not None else 0
+        if loaded is not None:
+            num_bytes = loaded.packed.num_bytes
+        for done in self._waiting.pop(ref, []):
+            done(error=None, load_s=load_s, num_bytes=num_bytes)
+
+    def _fail_waiting(self, ref: AdapterRef, error: EngineError) -> None:
         self._pinned.discard(ref)
         for done in self._waiting.pop(ref, []):
             done(error=error.info(), load_s=0.0, num_bytes=0)
-
-    def _answer(self, ref: AdapterRef) -> None:
-        row = self._row_of.get(ref)
-        if row is None:
-            row = self._place(ref)
-        found = self._rows[row] if row is not None else None
-        loaded = self._host.get(ref)
-        num_bytes = (
-            found.num_bytes
-            if found is not None
-            else loaded.packed.num_bytes
-            if loaded is not None
-            else 0
-        )
-        for done in self._waiting.pop(ref, []):
-            done(
-                error=None, load_s=loaded.load_s if loaded is not None else 0.0, num_bytes=num_bytes
-            )
 
 
 def largest_rank(weights: LoraWeights) -> int:
