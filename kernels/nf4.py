@@ -11,6 +11,7 @@ Source   QLoRA, arXiv:2305.14314, section 3 and appendix E; the 8-bit map: arXiv
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from statistics import NormalDist
 from typing import Literal
 
@@ -215,17 +216,25 @@ def _normalise(flat: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 def _quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     """8-bit codes of centred scales: (uint8 [num_groups], nested absmax float32 [ceil(num_groups / 256)]).
 
-    The nearest map value; of two equally near ones the lower.
+    As bitsandbytes on a CPU: the normalised scale is rounded to one of 65536 grid points, and the map value nearest to
+    that is taken. Its CUDA kernel has no grid; the codes differ by one where a scale is within 1.6e-5 of a midpoint.
     """
     num_blocks = -(-len(scales) // NESTED_BLOCK)
     blocks = torch.nn.functional.pad(scales, (0, num_blocks * NESTED_BLOCK - len(scales))).view(num_blocks, NESTED_BLOCK)
     nested_absmax = blocks.abs().amax(dim=1)
-    normalised = (blocks / nested_absmax[:, None]).nan_to_num_()  # 0 / 0 in a block of equal scales
-    table = DYNAMIC_MAP.to(scales.device)
-    below = (torch.searchsorted(table, normalised, right=True) - 1).clamp_(0, len(table) - 2)
-    is_above_nearer = table[below + 1] - normalised < normalised - table[below]
-    codes = (below + is_above_nearer).to(torch.uint8).view(-1)[: len(scales)]
-    return codes.contiguous(), nested_absmax
+    normalised = (blocks * (1.0 / nested_absmax)[:, None]).clamp_(-1, 1)
+    normalised.nan_to_num_(nan=-1.0)  # 0 * inf where all scales of a block equal the offset: code 0, times absmax 0
+    grid_points = ((normalised + 1.0) * 32767.5 + 0.5).int()
+    codes = _code_of_grid_point().to(scales.device)[grid_points]
+    return codes.view(-1)[: len(scales)].clone(), nested_absmax
+
+
+@cache
+def _code_of_grid_point() -> Tensor:
+    """uint8 [65536]: the index of the DYNAMIC_MAP value nearest to each of 65536 equally spaced points of [-1, 1]."""
+    points = torch.arange(65536, dtype=torch.float64) / 32767.5 - 1
+    values = DYNAMIC_MAP.double()
+    return torch.bucketize(points, (values[:-1] + values[1:]) / 2).to(torch.uint8)
 
 
 def decode_absmax(weight: QuantizedWeight) -> Tensor:
