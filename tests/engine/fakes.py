@@ -89,6 +89,7 @@ class FakePool:
         self.rows: list[AdapterRef | None] = [None] * num_rows
         self.users: Counter[AdapterRef] = Counter()
         self.loading: dict[AdapterRef, int] = {}
+        self.host: set[AdapterRef] = set()
         self.unloaded: list[AdapterRef] = []
         self.pinned: set[AdapterRef] = set()
         self.num_loads = self.num_evictions = 0
@@ -97,21 +98,24 @@ class FakePool:
     def acquire(self, ref: AdapterRef) -> int | None:
         if ref.name in self.broken:
             raise AdapterError(f"Adapter {ref.name!r} is broken.")
-        if ref not in self.rows and (ref in self.loading or not self._place(ref)):
+        if ref not in self.rows and not self._place(ref):
             return None
         self.users[ref] += 1
         return self.rows.index(ref)
 
     def _place(self, ref: AdapterRef) -> bool:
-        idle = [r for r, held in enumerate(self.rows) if held is None or self._may_go(held)]
-        if not idle:
-            return False
-        if self.load_steps:
-            self.loading[ref] = self.load_steps
-            return False
-        self.rows[idle[0]] = ref
-        self.num_loads += 1
-        return True
+        """Like the real pool: from disk to host memory in the background, to a row when asked for."""
+        if ref not in self.host:
+            self.loading.setdefault(ref, self.load_steps)
+            if self.load_steps:
+                return False
+            self.poll()
+        idle = [row for row, held in enumerate(self.rows) if held is None] or [
+            row for row, held in enumerate(self.rows) if held and self._may_go(held)
+        ]
+        if idle:
+            self.rows[idle[0]] = ref
+        return bool(idle)
 
     def _may_go(self, ref: AdapterRef) -> bool:
         return not self.users[ref] and ref not in self.pinned
@@ -119,10 +123,9 @@ class FakePool:
     def poll(self) -> None:
         for ref in list(self.loading):
             self.loading[ref] -= 1
-            idle = [r for r, held in enumerate(self.rows) if held is None or self._may_go(held)]
-            if self.loading[ref] <= 0 and idle:
+            if self.loading[ref] <= 0:
                 del self.loading[ref]
-                self.rows[idle[0]] = ref
+                self.host.add(ref)
                 self.num_loads += 1
 
     def release(self, ref: AdapterRef) -> None:
