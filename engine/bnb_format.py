@@ -100,7 +100,9 @@ def inspect_weight(
         The weight, or every problem found, each naming file and tensor.
     """
     if name not in checkpoint.tensors:
-        return [f"{checkpoint.folder}: tensor {name} is missing, though its quant state is there"]
+        other = next(iter(parts.values()))[0]
+        file = checkpoint.tensors[other].file.name
+        return [f"{file}: tensor {name} is missing, though {other} is there"]
     info = checkpoint.tensors[name]
     repeated = [part for part, found in parts.items() if len(found) > 1]
     states = parts.get("quant_state", [])
@@ -112,7 +114,7 @@ def inspect_weight(
             or "none"
         )
         return [
-            f"{info.file}: tensor {name}: expected exactly one "
+            f"{info.file.name}: tensor {name}: expected exactly one "
             f"{'/'.join(repeated) or 'quant_state'}, found {found}"
         ]
     first = {part: found[0] for part, found in parts.items()}
@@ -140,7 +142,7 @@ def inspect_weight(
             if state.get(key) != value:
                 fields.problem(key, str(value))
     if problems:
-        return [f"{info.file}: {problem}" for problem in problems]
+        return [f"{info.file.name}: {problem}" for problem in problems]
     sizes = _expected_parts(math.prod(shape), group_size, is_nested)
     problems += _check_parts(checkpoint, name, first, sizes)
     if not problems:
@@ -160,7 +162,7 @@ def inspect_weight(
 
 def _read_state(checkpoint: Checkpoint, name: str) -> dict[str, Any] | str:
     info = checkpoint.tensors[name]
-    expected = f"{info.file}: tensor {name}: expected a small JSON object in bytes"
+    expected = f"{info.file.name}: tensor {name}: expected a small JSON object in bytes"
     if info.dtype != "U8" or info.num_bytes > 65536:
         return f"{expected}, found {info.dtype} {list(info.shape)}"
     try:
@@ -191,10 +193,12 @@ def _check_parts(
     for part, (dtype, count) in sizes.items():
         tensor_name = name if part == "packed" else parts.get(part)
         if tensor_name is None:
-            problems.append(f"{checkpoint.tensors[name].file}: tensor {name}.{part} is missing")
+            problems.append(
+                f"{checkpoint.tensors[name].file.name}: tensor {name}.{part} is missing"
+            )
             continue
         info = checkpoint.tensors[tensor_name]
-        found = f"{info.file}: tensor {tensor_name}: expected"
+        found = f"{info.file.name}: tensor {tensor_name}: expected"
         if part == "packed":
             # The codes may be stored as any type; only the bytes count.
             if info.num_bytes != count:
@@ -218,7 +222,7 @@ def _check_maps(
         if not torch.allclose(found, expected.cpu(), rtol=1e-5, atol=1e-8):
             info = checkpoint.tensors[parts[part]]
             problems.append(
-                f"{info.file}: tensor {parts[part]}: expected the standard {quant_type} table, "
+                f"{info.file.name}: tensor {parts[part]}: expected the standard {quant_type} table, "
                 f"found another"
             )
     return problems

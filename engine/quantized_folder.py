@@ -1,4 +1,4 @@
-"""A 4-bit model folder in bitsandbytes' format: written under a temporary name, published at once."""
+"""A 4-bit folder in bitsandbytes' format: written under a temporary name, published at once."""
 
 from __future__ import annotations
 

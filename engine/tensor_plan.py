@@ -77,9 +77,7 @@ def plan_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> TensorPlan:
             else:
                 problems += result
         elif name not in names:
-            problems.append(
-                f"{checkpoint.folder}: tensor {name} is missing, expected shape {list(shape)}"
-            )
+            problems.append(f"tensor {name} {list(shape)} is missing: no file has it")
         else:
             problem = _dense_problem(checkpoint, names[name], shape)
             if problem:
@@ -90,7 +88,7 @@ def plan_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> TensorPlan:
         is_known = canonical in shapes or (owner is not None and owner[0] in linear_weights)
         if not is_known and not canonical.endswith("rotary_emb.inv_freq"):
             info = checkpoint.tensors[name]
-            problems.append(f"{info.file}: tensor {name} {list(info.shape)} is unexpected")
+            problems.append(f"{info.file.name}: tensor {name} {list(info.shape)} is unexpected")
     if problems:
         _raise(checkpoint, spec, problems)
 
@@ -130,7 +128,9 @@ def _dense_problem(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) ->
     info = checkpoint.tensors[name]
     if info.shape == shape and info.dtype in DENSE_CODES:
         return None
-    expected = f"{info.file}: tensor {name}: expected {list(shape)} of {', '.join(DENSE_CODES)}"
+    expected = (
+        f"{info.file.name}: tensor {name}: expected {list(shape)} of {', '.join(DENSE_CODES)}"
+    )
     hint = ""
     if info.dtype in ("U8", "I8"):
         hint = " (packed codes without a quant_state tensor, or a format that is not supported)"
