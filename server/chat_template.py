@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 
+from adapters.registry import AdapterRecord
 from engine.errors import CheckpointError
 from server.errors import ApiError, bad_request
 from server.tokenizer import ChatTemplateSource
@@ -36,7 +37,8 @@ GUANACO_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}### Assistant:{%- endif %}"
 )
-GUANACO_STOPS = ("### Human:",)
+# Some write the next turn on a new line; the line break is not part of the answer either.
+GUANACO_STOPS = ("### Human:", "\n### Human:")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,9 @@ class ChatTemplate:
         if isinstance(self.source, str):
             return self.source
         first = "tool_use" if with_tools else "default"
-        return self.source.get(first) or self.source.get("default") or next(iter(self.source.values()))
+        return (
+            self.source.get(first) or self.source.get("default") or next(iter(self.source.values()))
+        )
 
 
 GUANACO = ChatTemplate(
@@ -90,30 +94,35 @@ def load_override(value: str) -> ChatTemplate:
 def choose_template(
     override: ChatTemplate | None,
     *,
-    adapter_name: str | None,
-    adapter_template: str | None,
-    adapter_path: str | None,
+    adapter: AdapterRecord | None,
     folder_template: ChatTemplateSource,
 ) -> ChatTemplate | None:
-    """The template of a request, None when there is none."""
+    """The template of a request, None when there is none.
+
+    Args:
+        override: --chat-template.
+        adapter: the one that answers; None is the base.
+        folder_template: of the base model.
+    """
     if override is not None:
         return override
-    if adapter_template:
-        return ChatTemplate(source=adapter_template, origin=f"the template of adapter {adapter_name}")
-    if adapter_name is not None and is_guanaco_like(adapter_name, adapter_path or ""):
+    if adapter is not None and adapter.info.chat_template:
+        source = adapter.info.chat_template
+        stops = GUANACO_STOPS if "### Human:" in source else ()
+        return ChatTemplate(
+            source=source, origin=f"the template of adapter {adapter.name}", stops=stops
+        )
+    if adapter is not None and adapter.info.is_guanaco:
         return GUANACO
     if folder_template:
         return ChatTemplate(source=folder_template, origin="the base model's template")
     return None
 
 
-def is_guanaco_like(name: str, path: str) -> bool:
-    """Adapters trained on OASST1 in Guanaco's format say so in their name, everywhere they are published."""
-    return any(
-        word in part for word in ("guanaco", "oasst") for part in (name.lower(), Path(path).name.lower())
-    )
-
-
+# Its own refusals, and what Python raises inside one that these messages do not suit.
+_TEMPLATE_FAILURES = (
+    jinja2.TemplateError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError,
+)  # fmt: skip
 _OWN_ARGUMENTS = {
     "conversations", "messages", "tools", "chat_template", "add_generation_prompt",
     "continue_final_message", "return_assistant_tokens_mask",
@@ -147,7 +156,7 @@ def render(
         )
     arguments = {**special_tokens, **(template_kwargs or {})}
     try:
-        texts, _ = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[[dict(message) for message in messages]],
             tools=[dict(tool) for tool in tools] if tools else None,
             chat_template=template.text(with_tools=bool(tools)),
@@ -155,17 +164,17 @@ def render(
             continue_final_message=continue_final_message,
             **arguments,
         )
-    except (jinja2.TemplateError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except _TEMPLATE_FAILURES as error:
         raise _template_error(template, error) from error
-    except (ArithmeticError, RecursionError) as error:
-        raise _template_error(template, error) from error
-    return str(texts[0])
+    return str(rendered[0][0])
 
 
 def _template_error(template: ChatTemplate, error: Exception) -> ApiError:
     message = str(error).strip() or type(error).__name__
     return bad_request(
-        f"These messages do not fit {template.origin}: {message[:500]}", "messages", "chat_template_error"
+        f"These messages do not fit {template.origin}: {message[:500]}",
+        "messages",
+        "chat_template_error",
     )
 
 

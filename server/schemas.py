@@ -139,7 +139,9 @@ class Message(Body):
 
 
 class FunctionDefinition(Body):
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    """Names and shapes are checked in server/tools.py."""
+
+    name: Text
     description: Text | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -148,15 +150,6 @@ class FunctionDefinition(Body):
 class Tool(Body):
     type: Literal["function"]
     function: FunctionDefinition
-
-
-class NamedFunction(Body):
-    name: str
-
-
-class NamedTool(Body):
-    type: Literal["function"]
-    function: NamedFunction
 
 
 class JsonSchema(Body):
@@ -299,8 +292,8 @@ class ChatCompletionRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Text | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -347,16 +340,8 @@ class ChatCompletionRequest(GenerationRequest):
                 )
             if self.messages[-1].role != "assistant":
                 raise ValueError("continue_final_message: the last message must be the assistant's")
-        if self.tool_choice not in (None, "none") and not self.tools:
-            raise ValueError("tool_choice: only allowed with tools")
         if self.parallel_tool_calls is not None and not self.tools:
             raise ValueError("parallel_tool_calls: only allowed with tools")
-        if isinstance(self.tool_choice, NamedTool):
-            names = [tool.function.name for tool in self.tools or []]
-            if self.tool_choice.function.name not in names:
-                raise ValueError(
-                    f"tool_choice: '{self.tool_choice.function.name}' is not among the tools {names}"
-                )
         return self
 
 

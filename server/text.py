@@ -28,7 +28,9 @@ class Detokenizer:
         """prompt_token_ids: what the text continues; empty where it stands on its own (a message)."""
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        visible = next((i for i in reversed(prompt_token_ids) if i not in tokenizer.special_ids), None)
+        visible = next(
+            (i for i in reversed(prompt_token_ids) if i not in tokenizer.special_ids), None
+        )
         self._previous = visible
         self._is_first = visible is None and tokenizer.drops_first_space
         # "replace" gives one U+FFFD per broken sequence, wherever the chunks are cut.

@@ -133,7 +133,9 @@ def _from_transformers(folder: Path) -> Tokenizer:
         decode_ids=decode_ids if to_bytes is None else None,
         vocab_size=max(vocab, default=-1) + 1,
         special_ids=frozenset(i for i, token in added.items() if token.special),
-        special_tokens={k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)},
+        special_tokens={
+            k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)
+        },
         bos_token_id=tokenizer.bos_token_id,
         drops_first_space=drops_first_space,
         chat_template=tokenizer.chat_template,
@@ -238,7 +240,9 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
     size = max([len(first) - 1, *added]) + 1
     token_bytes = [b""] * size
     for i in range(len(first)):
-        token_bytes[i] = " ⁇ ".encode() if first.is_unknown(i) else _sentencepiece_bytes(first.id_to_piece(i))
+        token_bytes[i] = (
+            " ⁇ ".encode() if first.is_unknown(i) else _sentencepiece_bytes(first.id_to_piece(i))
+        )
     for i, content in special.items():
         token_bytes[i] = content.encode()
     names = {"bos_token": first.bos_id(), "eos_token": first.eos_id(), "pad_token": first.pad_id()}

@@ -1,0 +1,79 @@
+"""How much one request may send, and how much may wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import ApiError, bad_request, error_response, from_validation
+
+B = TypeVar("B", bound=BaseModel)
+SMALL_BODY_BYTES = 64 * 1024
+"""Bodies up to here are parsed on the event loop: a thread would take longer."""
+
+
+class BodyLimit:
+    """ASGI middleware: a body over the limit is a 413, whether its length is announced or not."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = Headers(scope=scope).get("content-length", "0")
+        if announced.isdecimal() and int(announced[:20]) > self._max_bytes:
+            await error_response(self._error())(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def limited() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_bytes:
+                raise self._error()
+            return message
+
+        await self._app(scope, limited, send)
+
+    def _error(self) -> ApiError:
+        return ApiError(
+            413,
+            f"The request body is larger than {self._max_bytes} bytes (--max-request-bytes).",
+            code="request_too_large",
+        )
+
+
+def body_of(model: type[B]) -> Callable[[Request], Awaitable[B]]:
+    """A dependency that reads and checks the body; anything wrong with it is a 400."""
+
+    async def read(request: Request) -> B:
+        body = await request.body()
+        if len(body) <= SMALL_BODY_BYTES:
+            return parse(model, body)
+        return await asyncio.to_thread(parse, model, body)
+
+    return read
+
+
+def parse(model: type[B], body: bytes) -> B:
+    """JSON bytes to a checked model.
+
+    Raises:
+        ApiError: 400, with the parameter at fault.
+    """
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise from_validation(error) from None
+    except RecursionError:
+        raise bad_request("The body is nested too deeply.", code="invalid_json") from None

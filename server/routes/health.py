@@ -1,0 +1,33 @@
+"""GET /health, /version, /metrics."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.errors import json_response
+from server.metrics import CONTENT_TYPE
+from server.state import state_of
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """200 when requests can be taken; 503 with the reason while loading, restarting or draining. Needs no key."""
+    error = state_of(request).unavailable()
+    if error is not None:
+        raise error
+    return json_response({"status": "ok"})
+
+
+@router.get("/version")
+async def version(request: Request) -> Response:
+    """Herd's version."""
+    return json_response({"version": state_of(request).version})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus text."""
+    return Response(state_of(request).metrics.text(), media_type=CONTENT_TYPE)

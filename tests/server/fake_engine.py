@@ -1,0 +1,202 @@
+"""Stand-ins for tests: a tokenizer of bytes, an engine that answers by script, adapters without files."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+from adapters.format import AdapterInfo
+from adapters.registry import Generation
+from engine.api import (
+    AdapterRef,
+    AdapterReply,
+    EngineInfo,
+    EngineStats,
+    ErrorInfo,
+    GenerateRequest,
+    LoadProgress,
+    RequestDelta,
+    TokenLogprobs,
+)
+from engine.errors import AdapterError
+from server.adapters import Adapters
+from server.config import ServerConfig
+from server.metrics import Metrics
+from server.state import ServerState
+from server.tokenizer import Tokenizer
+
+BOS, EOS = 256, 257
+CHATML = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def byte_tokenizer(chat_template: str | None = CHATML) -> Tokenizer:
+    """One token per byte, <s> and </s>."""
+
+    def encode(text: str, add_special_tokens: bool) -> list[int]:
+        return [BOS] * add_special_tokens + list(text.encode())
+
+    return Tokenizer(
+        encode_text=encode,
+        token_bytes=(*(bytes([i]) for i in range(256)), b"<s>", b"</s>"),
+        vocab_size=258,
+        special_ids=frozenset((BOS, EOS)),
+        special_tokens={"bos_token": "<s>", "eos_token": "</s>"},
+        bos_token_id=BOS,
+        chat_template=chat_template,
+    )
+
+
+@dataclass
+class FakeEngine:
+    """Answers every request with `answer(request)`, one token per delta, then the end token."""
+
+    answer: Callable[[GenerateRequest], str | bytes] = lambda request: "Hello, wörld!"  # noqa: ARG005
+    state: str = "ready"
+    stats: EngineStats = EngineStats()
+    progress: LoadProgress | None = None
+    num_restarts: int = 0
+    max_model_len: int = 512
+    gate: asyncio.Event | None = None
+    """Where set, requests wait for it after `tokens_before_gate` tokens."""
+    tokens_before_gate: int = 0
+    fail_after: int | None = None
+    """Die after so many tokens."""
+    logprob: Callable[[GenerateRequest, int], float] = lambda request, position: -0.5  # noqa: ARG005
+    adapter_error: str | None = None
+    requests: list[GenerateRequest] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+    loaded: list[tuple[AdapterRef, bool]] = field(default_factory=list)
+    unloaded: list[AdapterRef] = field(default_factory=list)
+
+    @property
+    def info(self) -> EngineInfo | None:
+        if self.state == "loading":
+            return None
+        return EngineInfo(
+            architecture="LlamaForCausalLM", vocab_size=258, max_model_len=self.max_model_len,
+            eos_token_ids=(EOS,), num_kv_blocks=64, block_size=16, dtype="float32",
+            kv_cache_dtype="float32", device="cpu", weights_bytes=1, kv_cache_bytes=1,
+            base_fingerprint="0123456789abcdef",
+        )  # fmt: skip
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[RequestDelta]:
+        self.requests.append(request)
+        try:
+            async for delta in self._deltas(request):
+                if delta.finish_reason is not None:
+                    self.finished.append(request.request_id)
+                yield delta
+        finally:
+            if request.request_id not in self.finished:
+                self.cancelled.append(request.request_id)
+
+    async def _deltas(self, request: GenerateRequest) -> AsyncIterator[RequestDelta]:
+        request_id, params = request.request_id, request.params
+        if request.task == "score":
+            total = float(sum(request.prompt_token_ids))
+            yield RequestDelta(request_id=request_id, score=total, finish_reason="stop")
+            return
+        text = self.answer(request)
+        token_ids = list(text.encode() if isinstance(text, str) else text)
+        if not params.ignore_eos:
+            token_ids.append(EOS)
+        prompt_logprobs = None
+        if params.prompt_logprobs is not None:
+            prompt_logprobs = (
+                None,
+                *(TokenLogprobs(i, -1.0, ((i, -1.0),)) for i in request.prompt_token_ids[1:]),
+            )
+        for position, token_id in enumerate(token_ids[: params.max_tokens]):
+            if self.gate is not None and position >= self.tokens_before_gate:
+                await self.gate.wait()
+                if self.state == "stopped":
+                    yield RequestDelta(request_id=request_id, finish_reason="cancelled")
+                    return
+            await asyncio.sleep(0)
+            if position == self.fail_after:
+                error = ErrorInfo(code="engine_restarting", message="The engine worker ended.")
+                yield RequestDelta(request_id=request_id, finish_reason="error", error=error)
+                return
+            is_stop = (
+                token_id == EOS and not params.ignore_eos
+            ) or token_id in params.stop_token_ids
+            is_last = position + 1 == params.max_tokens
+            logprobs = None
+            if params.logprobs is not None:
+                value = self.logprob(request, position)
+                top = tuple((min(token_id + k, 255), value - k) for k in range(params.logprobs))
+                logprobs = (TokenLogprobs(token_id, value, top),)
+            yield RequestDelta(
+                request_id=request_id,
+                token_ids=(token_id,),
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs if position == 0 else None,
+                num_cached_tokens=3 if position == 0 else 0,
+                finish_reason="stop" if is_stop else "length" if is_last else None,
+                stop_token_id=token_id if is_stop else None,
+            )
+            if is_stop:
+                return
+
+    async def stop(self, timeout_s: float) -> None:  # noqa: ARG002
+        self.state = "stopped"
+        if self.gate is not None:
+            self.gate.set()
+
+    async def load_adapter(self, ref: AdapterRef, pinned: bool = False) -> AdapterReply:
+        if self.adapter_error is not None:
+            raise AdapterError(self.adapter_error)
+        self.loaded.append((ref, pinned))
+        return AdapterReply(command_id=1)
+
+    async def unload_adapter(self, ref: AdapterRef) -> None:
+        self.unloaded.append(ref)
+
+
+def adapter_info(**changes: object) -> AdapterInfo:
+    fields: dict[str, object] = {
+        "rank": 8, "alpha": 16.0, "targets": ("q_proj",), "num_bytes": 100, "task_type": "CAUSAL_LM",
+        "base_model": "base", "has_score_head": False, "chat_template": None, "fingerprint": None,
+        "is_guanaco": False,
+    }  # fmt: skip
+    return AdapterInfo(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def build_state(engine: FakeEngine | None = None, **config: object) -> ServerState:
+    engine = engine or FakeEngine()
+    metrics = Metrics("base")
+    adapters = Adapters(SimpleNamespace(), engine, metrics, reserved_names=("base",))  # type: ignore[arg-type]
+    return ServerState(
+        config=ServerConfig(**config),  # type: ignore[arg-type]
+        engine=engine,
+        registry=adapters.registry,
+        adapters=adapters,
+        tokenizer=byte_tokenizer(),
+        model_names=("base",),
+        base_path="/models/base",
+        max_num_seqs=4,
+        metrics=metrics,
+    )
+
+
+def add_adapter(state: ServerState, name: str, **info: object) -> AdapterRef:
+    """Publish an adapter that has no files; the next generation where the name is taken."""
+    registry = state.registry
+    generation, uid = 1, 100 + len(registry.names())
+    if name in registry.names():
+        current = registry.resolve(name)
+        uid, generation = current.ref.uid, max(current.generations) + 1
+    ref = AdapterRef(uid=uid, generation=generation, name=name, path=f"/nowhere/{uid}-{generation}")
+    registry.commit(
+        Generation(
+            ref=ref, info=adapter_info(**info), source=f"/adapters/{name}", created_at=time.time()
+        )
+    )
+    return ref
