@@ -62,7 +62,7 @@ class Sampler:
 
         Returns:
             One entry per sequence. A row has an error, and the others their tokens, when its
-            logits hold NaN or plus infinity, when penalties, bias and grammar together leave no
+            logits hold NaN or infinity, when penalties, bias and grammar together leave no
             token, or when its grammar exceeds its limits.
         """
         plan = self._plan
@@ -72,7 +72,7 @@ class Sampler:
         if plan.grammar_rows:  # first: on a GPU the model is still running
             _fill_masks(plan, errors)
         raw = logits[plan.logprob_rows] if plan.logprob_rows else None
-        is_broken = ~logits.amax(dim=-1).isfinite()
+        is_broken = ~logits.sum(dim=-1).isfinite()  # one reduction: finite logits have such a sum
         if plan.changes_logits:
             _change_logits(plan, logits)
         token_ids = _choose(plan, logits, is_broken, errors).tolist()

@@ -17,7 +17,7 @@ Noise    One uniform number per row, a hash of (seed, position): a token depends
          position and its logits, never on earlier draws, restarts or other rows.
 Rows     No row's arithmetic depends on the others: reductions are softmax's, one row at a time, or
          sums of a fixed tree.
-Public   uniform, apply_penalties, apply_bitmask, greedy, draw, top_logprobs
+Public   uniform, apply_penalties, apply_bitmask, greedy, draw, truncate, top_logprobs
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kernels.dispatch import check
 GREEDY_BELOW = 1e-5
 """A lower temperature is greedy, as in vLLM: the quotient would overflow or decide alike."""
 _NUM_MEMBERS = 128  # tokens that one column of the tree of sums stands for; a power of two
-_TOP_P_WIDTHS = (64, 1024)  # how many largest are looked at before all are sorted
+_NUM_RANKED = 64  # how many of the most likely tokens top_p looks at first
 
 
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
@@ -151,15 +151,25 @@ def draw(
         int64 [n].
     """
     probs = torch.softmax(logits / temperature[:, None], dim=-1)  # [n, vocab_size]
+    truncate(probs, min_p=min_p, top_k=top_k, top_p=top_p)
+    return _invert(probs, noise)
+
+
+def truncate(
+    probs: Tensor,
+    *,
+    min_p: Tensor | None = None,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+) -> None:
+    """Steps 6 to 8: zero what may not be drawn, in place; draw's arguments."""
     if min_p is not None or top_k is not None:
         _drop_below(probs, _floors(probs, min_p, top_k))
     if top_p is not None:
         _drop_below(probs, _nucleus_floors(probs, top_p))
-    return _invert(probs, noise)
 
 
 def _drop_below(probs: Tensor, floors: Tensor) -> None:
-    """Zero what is less than its row's floor, in place."""
     probs.mul_(probs >= floors[:, None])
 
 
@@ -181,26 +191,25 @@ def _floors(probs: Tensor, min_p: Tensor | None, top_k: Tensor | None) -> Tensor
 def _nucleus_floors(probs: Tensor, top_p: Tensor) -> Tensor:
     """float32 [n]: the least probability in the smallest set whose share is at least top_p.
 
-    The set is nearly always small, so few tokens are ranked first and all only where that was not
-    enough. The sums run from the largest down either way: how many were ranked changes no result.
+    The set is nearly always small, so few tokens are ranked first. Where they were not enough, all
+    that can belong to the set are: less than half of (1 - top_p) / vocab_size cannot, all such
+    tokens together weigh less than the set may leave out. The sums run from the largest down either
+    way, so how many were ranked changes no result.
     """
     vocab_size = probs.shape[1]
-    targets = top_p.double() * _sum_columns(probs)[0].double().sum(dim=-1)  # [n]
-    floors = probs.new_zeros(probs.shape[0])
-    todo = (top_p < 1.0).nonzero().flatten()
-    for width in (*_TOP_P_WIDTHS, vocab_size):
-        if not todo.numel():
-            break
-        rows = probs if todo.numel() == probs.shape[0] else probs[todo]
-        ranked = rows.topk(min(width, vocab_size), dim=-1).values  # descending
-        is_short = ranked.cumsum(dim=-1, dtype=torch.float64) < targets[todo, None]
-        is_found = ~is_short[:, -1]
-        last = is_short.sum(dim=-1).clamp(max=ranked.shape[1] - 1)
-        # Rounding may keep even the sum of all below its target: then all are kept.
-        least = ranked.gather(1, last[:, None]).squeeze(1)
-        floors[todo] = torch.where(is_found, least, 0.0)
-        todo = todo[~is_found] if width < vocab_size else todo[:0]
-    return floors
+    totals = _sum_columns(probs)[0].double().sum(dim=-1)  # [n]
+    targets = top_p.double() * totals
+    ranked = probs.topk(min(_NUM_RANKED, vocab_size), dim=-1).values  # descending
+    is_short = ranked.cumsum(dim=-1, dtype=torch.float64) < targets[:, None]
+    last = is_short.sum(dim=-1).clamp(max=ranked.shape[1] - 1)
+    floors = ranked.gather(1, last[:, None]).squeeze(1)
+    for row in (is_short[:, -1] & (top_p < 1.0)).nonzero().flatten().tolist():
+        too_small = (totals[row] - targets[row]) / (2 * vocab_size)
+        ranked_row = probs[row][probs[row] >= too_small].sort(descending=True).values
+        is_short_row = ranked_row.cumsum(dim=0, dtype=torch.float64) < targets[row]
+        # Rounding may keep the sum of all below the target: then all are kept.
+        floors[row] = ranked_row[is_short_row.sum().clamp(max=len(ranked_row) - 1)]
+    return torch.where(top_p < 1.0, floors, 0.0)
 
 
 def _sum_columns(weights: Tensor) -> tuple[Tensor, int]:
