@@ -138,12 +138,19 @@ class ServerState:
         return base if ref is None else f"{base}_{ref.name}_g{ref.generation}"
 
     async def drain(self, timeout_s: float) -> bool:
-        """Take no more requests and wait for those that run; False if some still did after the time."""
+        """Take no more requests and let those that run finish; after the time they end with an error.
+
+        Returns:
+            Whether all had finished.
+        """
         self.is_draining = True
         deadline = time.monotonic() + timeout_s
         while self.num_sequences and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        return self.num_sequences == 0
+        has_finished = self.num_sequences == 0
+        if not has_finished:
+            await self.engine.stop(0.0)
+        return has_finished
 
 
 @dataclass(slots=True)
