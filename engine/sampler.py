@@ -262,10 +262,9 @@ class _Occurrences:
     """Which tokens a sequence holds and how often its output does, kept from step to step."""
 
     def __init__(self, prompt_token_ids: Iterable[int]) -> None:
-        self.index: dict[int, int] = {}
         self.token_ids = np.fromiter(dict.fromkeys(prompt_token_ids), dtype=np.int64)
         self.counts = np.zeros(len(self.token_ids), dtype=np.float32)
-        self.index = {int(token_id): i for i, token_id in enumerate(self.token_ids)}
+        self.index: dict[int, int] = {int(token_id): i for i, token_id in enumerate(self.token_ids)}
         self.num_read = 0
 
     def read(self, output_token_ids: list[int]) -> None:
