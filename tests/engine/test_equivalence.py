@@ -1,0 +1,160 @@
+"""The whole engine against the outside world: tiny random models of each architecture, transformers as the oracle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.api import GenerateRequest, RequestDelta, SamplingParams
+from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from engine.engine import Engine
+from engine.worker import create_engine
+from tests.engine.tiny_models import save_model
+
+ARCHITECTURES = ("llama", "llama3_tied", "mistral_window", "qwen2", "qwen3")
+PROMPTS = [
+    [int(token) for token in torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(n))]
+    for n in (23, 1, 9, 40, 5, 17, 30, 2, 11, 8, 19, 3, 26, 14, 7, 33, 12)
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folder and transformers model by architecture."""
+    made = {}
+    for name in ARCHITECTURES:
+        folder = tmp_path_factory.mktemp(name)
+        made[name] = (folder, save_model(folder, name))
+    return made
+
+
+def make_engine(folder: Path, **flags) -> Engine:
+    """An engine on the CPU; flags of the scheduler and the cache by name."""
+    scheduler = {"max_num_seqs": 20, "max_num_batched_tokens": 256}
+    cache: dict[str, object] = {"block_size": 4}
+    for name, value in flags.items():
+        (scheduler if name in scheduler else cache)[name] = value
+    config = EngineConfig(
+        model=ModelConfig(base=str(folder), quantization="none", device="cpu"),
+        cache=CacheConfig(**cache),
+        scheduler=SchedulerConfig(**scheduler),
+    )
+    return create_engine(config, folder, None, lambda *_: None)[0]
+
+
+def run(engine: Engine, requests: list[GenerateRequest]) -> dict[str, list[RequestDelta]]:
+    for request in requests:
+        engine.add(request)
+    deltas: dict[str, list[RequestDelta]] = {request.request_id: [] for request in requests}
+    while engine.has_work():
+        for delta in engine.step().deltas:
+            deltas[delta.request_id].append(delta)
+        engine.check_integrity()
+    assert all(found[-1].error is None for found in deltas.values())
+    return deltas
+
+
+def request(number: int, num_tokens: int = 24, **params) -> GenerateRequest:
+    params = {"temperature": 0.0, "ignore_eos": True, **params}
+    return GenerateRequest(
+        request_id=f"r{number}",
+        prompt_token_ids=tuple(PROMPTS[number]),
+        params=SamplingParams(max_tokens=num_tokens, **params),
+    )
+
+
+def seeded(number: int) -> GenerateRequest:
+    return request(number, temperature=0.9, top_p=0.95, seed=1000 + number)
+
+
+def texts(deltas: dict[str, list[RequestDelta]]) -> dict[str, list[int]]:
+    return {name: [t for d in found for t in d.token_ids] for name, found in deltas.items()}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_greedy_text_is_that_of_transformers_generate(models, name):
+    folder, oracle = models[name]
+    found = texts(run(make_engine(folder), [request(i) for i in range(4)]))
+    for number in range(4):
+        prompt = torch.tensor([PROMPTS[number]])
+        expected = oracle.generate(
+            prompt, max_new_tokens=24, min_new_tokens=24, do_sample=False, eos_token_id=None
+        )
+        assert found[f"r{number}"] == expected[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_decoding_through_the_paged_cache_is_a_full_recomputation(models, name):
+    """Log-probabilities step by step against one pass of transformers over the final text."""
+    folder, oracle = models[name]
+    asked = request(0, logprobs=3, prompt_logprobs=2)
+    deltas = run(make_engine(folder, max_num_batched_tokens=20), [asked])["r0"]
+    output = [token for delta in deltas for token in delta.token_ids]
+    with torch.inference_mode():
+        logits = oracle(torch.tensor([PROMPTS[0] + output])).logits[0].float()
+    expected = logits.log_softmax(dim=-1)
+    reported = [*deltas[0].prompt_logprobs, *(d.logprobs[0] for d in deltas)]
+    assert len(reported) == len(PROMPTS[0]) + len(output) and reported[0] is None
+    for position, entry in enumerate(reported[1:]):
+        assert entry.token_id == (PROMPTS[0] + output)[position + 1]
+        assert entry.logprob == pytest.approx(expected[position, entry.token_id].item(), abs=2e-5)
+        values, ids = expected[position].topk(len(entry.top))
+        assert [token_id for token_id, _ in entry.top] == ids.tolist()
+        assert [v for _, v in entry.top] == pytest.approx(values.tolist(), abs=2e-5)
+
+
+@pytest.mark.parametrize("make", [request, seeded], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_request_says_the_same_alone_and_among_sixteen_others(models, name, make):
+    folder, _ = models[name]
+    together = texts(run(make_engine(folder), [make(i) for i in range(17)]))
+    for number in (0, 1, 16):
+        assert texts(run(make_engine(folder), [make(number)])) == {
+            f"r{number}": together[f"r{number}"]
+        }
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_window"])
+def test_a_prompt_in_chunks_gives_the_logits_of_the_whole_prompt_to_the_bit(models, name):
+    folder, _ = models[name]
+    asked = [request(3, logprobs=5, prompt_logprobs=1)]
+    whole = run(make_engine(folder), asked)["r3"]
+    chunked = run(make_engine(folder, max_num_seqs=1, max_num_batched_tokens=7), asked)["r3"]
+    assert [d.token_ids for d in whole] == [d.token_ids for d in chunked]
+    assert [d.logprobs for d in whole] == [d.logprobs for d in chunked]
+    assert whole[0].prompt_logprobs == chunked[0].prompt_logprobs
+
+
+@pytest.mark.parametrize("make", [request, seeded], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+def test_a_preempted_request_says_what_it_says_undisturbed(models, make, enable_prefix_caching):
+    folder, _ = models["llama"]
+    asked = [make(i) for i in (0, 2, 5, 6)]
+    bytes_per_block = 2 * 2 * 4 * 2 * 16 * 4  # k and v, layers, tokens, heads, head_dim, float32
+    tight = make_engine(
+        folder,
+        kv_cache_memory_bytes=34 * bytes_per_block,
+        enable_prefix_caching=enable_prefix_caching,
+    )
+    found = texts(run(tight, asked))
+    assert tight.scheduler.num_preemptions > 0
+    assert found == texts(run(make_engine(folder), asked))
+
+
+def test_a_text_from_the_prefix_cache_is_the_same_text(models):
+    folder, _ = models["llama"]
+    engine = make_engine(folder)
+    first = run(engine, [request(3)])["r3"]
+    second = run(engine, [request(3)])["r3"]
+    assert first[0].num_cached_tokens == 0 and second[0].num_cached_tokens == 36
+    assert [d.token_ids for d in first] == [d.token_ids for d in second]
+
+
+def test_a_16_bit_cache_serves_a_32_bit_model(models):
+    folder, _ = models["llama"]
+    engine = make_engine(folder, kv_cache_dtype="bfloat16")
+    assert engine._runner.kv_caches[0][0].dtype == torch.bfloat16
+    exact = texts(run(make_engine(folder), [request(2)]))["r2"]
+    assert texts(run(engine, [request(2)]))["r2"][0] == exact[0]
