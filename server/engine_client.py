@@ -116,8 +116,10 @@ class EngineClient:
         """Refuse new requests, let running ones finish for `timeout_s`, cancel the rest and end the worker."""
         self.state = "stopped"
         deadline_s = time.monotonic() + timeout_s
+        shutdown_s = SHUTDOWN_S
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(self._unavailable())
+            shutdown_s = 0.0  # still loading: it does not listen yet
         if self._supervisor is not None:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -125,7 +127,7 @@ class EngineClient:
             self._supervisor = None
         while self._requests and self._worker is not None and time.monotonic() < deadline_s:
             await asyncio.sleep(0.02)
-        await self._close_worker(SHUTDOWN_S)
+        await self._close_worker(shutdown_s)
         self._end_all(None)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[RequestDelta]:
