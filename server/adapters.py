@@ -105,7 +105,8 @@ class Adapters:
         """Make an older generation current again, once the engine has it.
 
         Raises:
-            EngineError: no such adapter or generation, or it cannot be loaded; then nothing changes.
+            EngineError: no such adapter or generation, or it cannot be loaded; then nothing
+            changes.
         """
         async with self._lock:
             before = self.registry.resolve(name)
@@ -169,7 +170,8 @@ class Adapters:
         if current != generation:
             raise ApiError(
                 409,
-                f"Adapter {name!r} is at generation {current}, expected_generation is {generation}.",
+                f"Adapter {name!r} is at generation {current}, "
+                f"expected_generation is {generation}.",
                 code="generation_conflict",
                 param="expected_generation",
             )

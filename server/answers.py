@@ -1,4 +1,5 @@
-"""Pieces of generated text as OpenAI's JSON: log-probabilities, usage, and the running totals of a request."""
+"""Pieces of generated text as OpenAI's JSON: log-probabilities, usage, and the running totals of a
+request."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def finite(logprob: float) -> float:
 
 
 def chat_logprobs(tokens: Sequence[TokenInfo], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The chat form: one entry per token with its bytes, so that split characters can be put together."""
+    """The chat form: one entry per token with its bytes, so that split characters can be put
+    together."""
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         piece = tokenizer.piece(token_id)
@@ -102,7 +104,8 @@ class LegacyLogprobs:
 
 
 def _top(token: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, float]:
-    """Text -> log-probability, the chosen token included; of tokens that look alike the likeliest."""
+    """Text -> log-probability, the chosen token included; of tokens that look alike the
+    likeliest."""
     entries: dict[str, float] = {}
     for token_id, logprob in (*token.top, (token.token_id, token.logprob)):
         name = _name(token_id, tokenizer)

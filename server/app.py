@@ -1,4 +1,5 @@
-"""The HTTP app: middleware, routes, error shape. serve.py builds the state and may mount the page."""
+"""The HTTP app: middleware, routes, error shape. serve.py builds the state and may mount the
+page."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from server import errors
 from server.auth import ForeignPageGuard, require_key
 from server.limits import BodyLimit
 from server.metrics import Metrics, engine_metrics
-from server.routes import adapters, chat, completions, health, models, score, tokenize
+from server.routes import adapters, chat, completions, fallback, health, models, score, tokenize
 from server.state import ServerState
 from server.streaming import ClientGone
 
@@ -38,12 +39,14 @@ def create_app(state: ServerState, *, lifespan: Lifespan | None = None) -> FastA
         version=state.version,
         docs_url=None,  # those pages load scripts from another host
         redoc_url=None,
+        openapi_url=None,  # bodies are checked outside FastAPI's sight; docs/ describes them
         root_path=state.config.root_path,
         dependencies=[Depends(require_key)],
         lifespan=lifespan or _no_lifespan,
     )
     app.state.herd = state
-    for module in (chat, completions, models, adapters, health, tokenize, score):
+    # fallback is last: it takes what no other route does.
+    for module in (chat, completions, models, adapters, health, tokenize, score, fallback):
         app.include_router(module.router)
     errors.install(app)
     app.add_exception_handler(ClientGone, _client_gone)

@@ -116,14 +116,14 @@ class ForeignPageGuard:
     def _refusal(self, headers: Headers) -> ApiError | None:
         host = headers.get("host", "")
         name = urlsplit(f"//{host}").hostname if _is_plain_host(host) else None
-        if self._checks_host and host:
-            if name is None or not (is_loopback(name) or name in self._hosts):
-                return ApiError(
-                    403,
-                    f"Host {host[:100]!r} is not this machine. For a proxy in front of the server "
-                    f"use --allowed-hosts.",
-                    code="host_not_allowed",
-                )
+        is_known = name is not None and (is_loopback(name) or name in self._hosts)
+        if self._checks_host and host and not is_known:
+            return ApiError(
+                403,
+                f"Host {host[:100]!r} is not this machine. For a proxy in front of the server "
+                f"use --allowed-hosts.",
+                code="host_not_allowed",
+            )
         origin = headers.get("origin")
         if origin is None or "*" in self._origins or origin in self._origins:
             return None

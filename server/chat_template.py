@@ -23,8 +23,8 @@ GUANACO_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant "
     "gives helpful, detailed, and polite answers to the user's questions."
 )
-# The format of the OASST1 data that Guanaco was trained on (QLoRA, arXiv:2305.14314). No space after the last
-# colon: the answer's first token brings its own.
+# The format of the OASST1 data that Guanaco was trained on (QLoRA, arXiv:2305.14314).
+# No space after the last colon: the answer's first token brings its own.
 GUANACO_TEMPLATE = (
     "{%- if messages[0].role == 'system' %}{{ messages[0].content }}"
     "{%- set rest = messages[1:] %}"
@@ -88,7 +88,7 @@ def load_override(value: str) -> ChatTemplate:
         )
     except jinja2.TemplateSyntaxError as error:
         raise CheckpointError(f"--chat-template: line {error.lineno}: {error.message}") from error
-    return ChatTemplate(source=source, origin="--chat-template")
+    return ChatTemplate(source=source, origin="--chat-template", stops=_stops(source))
 
 
 def choose_template(
@@ -108,20 +108,25 @@ def choose_template(
         return override
     if adapter is not None and adapter.info.chat_template:
         source = adapter.info.chat_template
-        stops = GUANACO_STOPS if "### Human:" in source else ()
-        return ChatTemplate(
-            source=source, origin=f"the template of adapter {adapter.name}", stops=stops
-        )
+        origin = f"the template of adapter {adapter.name}"
+        return ChatTemplate(source=source, origin=origin, stops=_stops(source))
     if adapter is not None and adapter.info.is_guanaco:
         return GUANACO
     if folder_template:
-        return ChatTemplate(source=folder_template, origin="the base model's template")
+        stops = _stops(folder_template) if isinstance(folder_template, str) else ()
+        return ChatTemplate(source=folder_template, origin="the base model's template", stops=stops)
     return None
+
+
+def _stops(source: str) -> tuple[str, ...]:
+    """A template in Guanaco's format has its stop strings: the format has no end token."""
+    return GUANACO_STOPS if GUANACO_STOPS[0] in source else ()
 
 
 # Its own refusals, and what Python raises inside one that these messages do not suit.
 _TEMPLATE_FAILURES = (
-    jinja2.TemplateError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError,
+    jinja2.TemplateError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
+    RecursionError,
 )  # fmt: skip
 _OWN_ARGUMENTS = {
     "conversations", "messages", "tools", "chat_template", "add_generation_prompt",
@@ -180,8 +185,8 @@ def _template_error(template: ChatTemplate, error: Exception) -> ApiError:
 
 def no_template(model: str) -> ApiError:
     return bad_request(
-        f"'{model}' has no chat template, so messages cannot be put before it. Use /v1/completions, "
-        f"or start the server with --chat-template FILE.",
+        f"'{model}' has no chat template, so messages cannot be put before it. Use "
+        f"/v1/completions, or start the server with --chat-template FILE.",
         "messages",
         "no_chat_template",
     )

@@ -1,4 +1,5 @@
-"""What a user can set about the HTTP side. Each field is one flag; its docstring is the flag's help."""
+"""What a user can set about the HTTP side. Each field is one flag; its docstring is the flag's
+help."""
 
 from __future__ import annotations
 
@@ -26,17 +27,23 @@ class ServerConfig:
     ssl_certfile: str | None = None
     """Certificate in PEM format, to serve HTTPS."""
     api_key: tuple[str, ...] = ()
-    """Key that requests must carry as "Authorization: Bearer KEY"; may be repeated. Without it no key is asked for."""
+    """Key that requests must carry as "Authorization: Bearer KEY"; may be repeated. Without it no
+    key is asked for."""
     admin_api_key: str | None = None
-    """Key for the routes that change the server (loading adapters ...). Without it --api-key opens them, or, where there is none, a connection from this machine."""
+    """Key for the routes that change the server (loading adapters ...). Without it --api-key opens
+    them, or, where there is none, a connection from this machine."""
     allowed_origins: tuple[str, ...] = ()
-    """Origin, such as https://chat.example, whose pages may call the API from a browser; may be repeated, * is any."""
+    """Origin, such as https://chat.example, whose pages may call the API from a browser; may be
+    repeated, * is any."""
     allowed_hosts: tuple[str, ...] = ()
-    """Host name by which a server on the loopback may be addressed besides localhost, for a proxy in front of it; may be repeated."""
+    """Host name by which a server on the loopback may be addressed besides localhost, for a proxy
+    in front of it; may be repeated."""
     served_model_name: tuple[str, ...] = ()
-    """Name of the base model in the API; may be repeated, the first is shown. By default the folder's name."""
+    """Name of the base model in the API; may be repeated, the first is shown. By default the
+    folder's name."""
     chat_template: str | None = None
-    """File with the Jinja chat template, or the template itself; goes before every other template."""
+    """File with the Jinja chat template, or the template itself; goes before every other
+    template."""
     adapter: tuple[str, ...] = ()
     """Adapter to load at start, NAME or NAME=PATH; may be repeated."""
     adapter_dir: str | None = None
@@ -44,13 +51,15 @@ class ServerConfig:
     model_dir: str | None = None
     """Folder in which names of base models and adapters are looked up."""
     max_queued_requests: int = 512
-    """Sequences that may wait for a place in the batch; more are answered with 503 and Retry-After."""
+    """Sequences that may wait for a place in the batch; more are answered with 503 and
+    Retry-After."""
     max_request_bytes: int = 16 * 1024 * 1024
     """Largest request body."""
     shutdown_timeout_s: float = 30.0
     """After SIGTERM, how long running requests may take to finish."""
     sse_ping_interval_s: float = 15.0
-    """A streamed answer that is silent for so long gets a comment line, so that proxies keep it open."""
+    """A streamed answer that is silent for so long gets a comment line, so that proxies keep it
+    open."""
     ui: bool = True
     """The chat page at /."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

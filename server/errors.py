@@ -1,4 +1,5 @@
-"""Errors as HTTP answers in OpenAI's shape: {"error": {message, type, param, code}}, the code always a string.
+"""Errors as HTTP answers in OpenAI's shape: {"error": {message, type, param, code}}, the code
+always a string.
 
 One table maps the engine's error codes to statuses. Anything unforeseen is a 500 that says
 nothing about the inside; the traceback goes to the log.
@@ -65,6 +66,12 @@ def from_engine(error: EngineError | ErrorInfo) -> ApiError:
     return ApiError(STATUS.get(info.code, 500), info.message, code=info.code, param=info.param)
 
 
+def internal_error() -> ApiError:
+    """All that a client learns of a fault of ours."""
+    text = "Internal error; the server's log has the details."
+    return ApiError(500, text, code="internal_error")
+
+
 def error_type(status: int) -> str:
     """OpenAI's `type`, which follows from the status."""
     if status == 401:
@@ -103,7 +110,8 @@ def error_response(error: ApiError) -> Response:
 def json_response(
     body: object, status: int = 200, headers: dict[str, str] | None = None
 ) -> Response:
-    """JSON that any client can read: no NaN, and lone surrogates (which UTF-8 has no bytes for) escaped."""
+    """JSON that any client can read: no NaN, and lone surrogates (which UTF-8 has no bytes for)
+    escaped."""
     text = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     content = text.encode("utf-8", "backslashreplace")
     return Response(content, status, headers, media_type="application/json")
@@ -210,8 +218,7 @@ def install(app: FastAPI) -> None:
 
     async def unforeseen(request: Request, error: Exception) -> Response:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        text = "Internal error; the server's log has the details."
-        return error_response(ApiError(500, text, code="internal_error"))
+        return error_response(internal_error())
 
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(EngineError, engine_error)

@@ -1,4 +1,5 @@
-"""Prometheus metrics of one server, in a registry of their own; names follow vLLM's with the prefix herd_.
+"""Prometheus metrics of one server, in a registry of their own; names follow vLLM's with the
+prefix herd_.
 
 `adapter` is a real label: the adapter's name, or "" for the base model.
 """

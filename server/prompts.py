@@ -223,7 +223,8 @@ def _ranks(body: ChatCompletionRequest | CompletionRequest) -> bool:
 def _one_grammar(first: GrammarSpec | None, second: GrammarSpec | None) -> GrammarSpec | None:
     if first is not None and second is not None:
         raise bad_request(
-            "structured_outputs: cannot be combined with tools that need a grammar or response_format",
+            "structured_outputs: cannot be combined with response_format, or with tools that need "
+            "a grammar",
             "structured_outputs",
         )
     grammar = first or second

@@ -36,7 +36,8 @@ def check_prompt(token_ids: list[int], info: EngineInfo, param: str) -> None:
 
 
 def clamp_max_tokens(asked: int | None, num_prompt_tokens: int, info: EngineInfo) -> int:
-    """max_tokens is an upper limit: where less fits, the answer ends earlier with reason "length"."""
+    """max_tokens is an upper limit: where less fits, the answer ends earlier with reason
+    "length"."""
     room = info.max_model_len - num_prompt_tokens
     return room if asked is None else min(asked, room)
 

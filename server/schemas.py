@@ -71,7 +71,8 @@ class ContentPart(Body):
         if isinstance(kind, str) and kind not in ("text", "refusal"):
             raise PydanticCustomError(
                 "unsupported_content",
-                "content parts of type '{kind}' are not supported: the model reads text only; send parts of type 'text'",
+                "content parts of type '{kind}' are not supported: the model reads text only; "
+                "send parts of type 'text'",
                 {"kind": kind[:40]},
             )
         return part
@@ -319,7 +320,8 @@ class ChatCompletionRequest(GenerationRequest):
         Any,
         only(
             "none",
-            reason="the server cannot set a model's reasoning effort (a template may, by chat_template_kwargs)",
+            reason="the server cannot set a model's reasoning effort; its chat template may "
+            "(chat_template_kwargs)",
         ),
     ] = None
     verbosity: Annotated[

@@ -1,4 +1,5 @@
-"""What the routes share: the engine's client, the adapters, the tokenizer, the counters of what runs.
+"""What the routes share: the engine's client, the adapters, the tokenizer, the counters of what
+runs.
 
 One ServerState per app, built by serve.py and found through `state_of(request)`. Touched on the
 event loop only.
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -87,7 +87,7 @@ class ServerState:
         if self.engine.state == "ready":
             return None
         if self.engine.state == "restarting":
-            text = "The engine worker ended and a new one is being started; try again in a few seconds."
+            text = "A new engine worker is being started; try again in a few seconds."
             return ApiError(503, text, code="engine_restarting")
         if self.engine.state == "loading":
             progress = self.engine.progress
@@ -138,7 +138,8 @@ class ServerState:
         return base if ref is None else f"{base}_{ref.name}_g{ref.generation}"
 
     async def drain(self, timeout_s: float) -> bool:
-        """Take no more requests and let those that run finish; after the time they end with an error.
+        """Take no more requests and let those that run finish; after the time they end with an
+        error.
 
         Returns:
             Whether all had finished.
@@ -182,6 +183,6 @@ def state_of(request: Request) -> ServerState:
     return state
 
 
-def model_names(config: ServerConfig, base: str | Path) -> Sequence[str]:
+def model_names(config: ServerConfig, base: str | Path) -> tuple[str, ...]:
     """What the base model is called: --served-model-name, else the last part of its name."""
     return config.served_model_name or (Path(base).name or str(base),)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from server.errors import ApiError, error_body
+from engine.errors import EngineError
+from server.errors import ApiError, error_body, from_engine, internal_error
 
+log = logging.getLogger("herd.server")
 T = TypeVar("T")
 DONE = "data: [DONE]\n\n"
 PING = ": ping\n\n"
@@ -98,8 +101,8 @@ async def _stream(
                 body = pending.result()
             except StopAsyncIteration:
                 break
-            except ApiError as error:  # the status is long sent; the error is the last event
-                yield event(error_body(error))
+            except Exception as error:  # the status is long sent; the error is the last event
+                yield event(error_body(mid_stream_error(error)))
                 return
             yield event(body)
             pending = asyncio.ensure_future(anext(events))
@@ -109,6 +112,16 @@ async def _stream(
         task = asyncio.ensure_future(_close(pending, events))
         _closing.add(task)
         task.add_done_callback(_closing.discard)
+
+
+def mid_stream_error(error: Exception) -> ApiError:
+    """What the client is told; what is not meant for it goes to the log."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, EngineError):
+        return from_engine(error)
+    log.error("a stream failed", exc_info=error)
+    return internal_error()
 
 
 _closing: set[asyncio.Future[None]] = set()  # the loop itself keeps weak references only

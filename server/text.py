@@ -1,4 +1,5 @@
-"""Token ids back to text while they arrive: whole characters only, and never a piece of a stop string.
+"""Token ids back to text while they arrive: whole characters only, and never a piece of a stop
+string.
 
 The text of an answer is by definition what these two give when fed to the end; streaming only
 decides how often it is looked at. So streamed text and plain text are equal.
@@ -25,7 +26,8 @@ class Detokenizer:
         prompt_token_ids: Sequence[int] = (),
         skip_special_tokens: bool = True,
     ) -> None:
-        """prompt_token_ids: what the text continues; empty where it stands on its own (a message)."""
+        """prompt_token_ids: what the text continues; empty where it stands on its own (a
+        message)."""
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         visible = next(
@@ -62,7 +64,8 @@ class StopChecker:
         self.found: str | None = None
 
     def push(self, text: str) -> str:
-        """The text that is certainly part of the answer; `found` is set once a stop string is complete."""
+        """The text that is certainly part of the answer; `found` is set once a stop string is
+        complete."""
         if self.found is not None:
             return ""
         if not self._stops:

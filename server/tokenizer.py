@@ -27,7 +27,8 @@ class Tokenizer:
     """One folder's tokenizer; safe to use from several threads."""
 
     encode_text: Callable[[str, bool], list[int]]
-    """(text, add special tokens such as <s>) -> token ids. Special tokens written out in the text are recognised."""
+    """(text, add special tokens such as <s>) -> token ids. Special tokens written out in the text
+    are recognised."""
     token_bytes: tuple[bytes, ...] = ()
     """What each token adds to a text, by id. Empty where that depends on the token before it."""
     decode_ids: Callable[[Sequence[int]], str] | None = None
@@ -143,7 +144,8 @@ def _from_transformers(folder: Path) -> Tokenizer:
 
 
 def _token_decoder(decoder: dict[str, Any] | None) -> tuple[Callable[[str], bytes] | None, bool]:
-    """From tokenizer.json's decoder: vocabulary entry -> bytes, and whether a first space is dropped.
+    """From tokenizer.json's decoder: vocabulary entry -> bytes, and whether a first space is
+    dropped.
 
     None for decoders (WordPiece ...) in which a token's text depends on its neighbours.
     """
@@ -173,7 +175,8 @@ def _flatten(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: itself where printable, else 256, 257 ... in order."""
+    """GPT-2's printable stand-in for each byte: itself where printable, else 256, 257 ... in
+    order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     pairs = [(chr(byte), byte) for byte in printable]
@@ -198,7 +201,8 @@ def _sentencepiece_bytes(token: str) -> bytes:
 # --- SentencePiece itself ---
 
 
-# ModelProto.normalizer_spec (field 3) with add_dummy_prefix (field 3) = false. Appended to a model it
+# ModelProto.normalizer_spec (field 3) with add_dummy_prefix (field 3) = false. Appended to a model
+# it
 # overrides that one setting: protobuf merges repeated occurrences of a message.
 _NO_DUMMY_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3 | 0, 0])
 
@@ -265,7 +269,8 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
 
 
 def _added_tokens(config: dict[str, Any], folder: Path) -> tuple[dict[int, str], frozenset[int]]:
-    """Tokens beyond SentencePiece's: id -> content, and the ids of those that are control tokens."""
+    """Tokens beyond SentencePiece's: id -> content, and the ids of those that are control
+    tokens."""
     added: dict[int, str] = {}
     special: set[int] = set()
     for key, token in config.get("added_tokens_decoder", {}).items():

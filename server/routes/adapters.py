@@ -1,4 +1,5 @@
-"""Loading and unloading adapters, as vLLM's clients do it, and what vLLM has not: a list, and rollback."""
+"""Loading and unloading adapters, as vLLM's clients do it, and what vLLM has not: a list, and
+rollback."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from server.prompts import completion_job
 from server.schemas import CompletionRequest
 from server.state import Lease, ServerState, state_of
 from server.streaming import open_stream, until_gone
+from server.text import Detokenizer
 
 router = APIRouter()
 Body = Annotated[CompletionRequest, Depends(body_of(CompletionRequest))]
@@ -110,19 +111,15 @@ class _Choices:
     def _add_prompt(self, logprobs: LegacyLogprobs, prompt: int, piece: Piece) -> None:
         if piece.prompt_logprobs is None:
             return
-        tokenizer, ids = self.state.tokenizer, self.job.prompts[prompt]
+        tokenizer = self.state.tokenizer
+        shown = Detokenizer(tokenizer, skip_special_tokens=self.job.skip_special_tokens)
         offset = 0
-        for token_id, found in zip(ids, piece.prompt_logprobs, strict=True):
+        for token_id, found in zip(self.job.prompts[prompt], piece.prompt_logprobs, strict=True):
             if found is None:
                 logprobs.add_first(token_id, tokenizer)
             else:
                 logprobs.add_one(found, tokenizer, offset)
-            if token_id not in tokenizer.special_ids:
-                drops = offset == 0 and tokenizer.drops_first_space
-                shown = tokenizer.piece(token_id)
-                shown = shown.removeprefix(b" ") if drops else shown
-                offset += len(shown.decode("utf-8", "ignore"))
-        # Characters that are spread over tokens can only be counted roughly, the end is known.
+            offset += len(shown.push(token_id))
 
 
 async def _answer(choices: _Choices, lease: Lease, envelope: dict[str, Any]) -> dict[str, Any]:

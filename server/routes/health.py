@@ -12,9 +12,10 @@ from server.state import state_of
 router = APIRouter()
 
 
-@router.get("/health")
+@router.api_route("/health", methods=["GET", "HEAD"])
 async def health(request: Request) -> Response:
-    """200 when requests can be taken; 503 with the reason while loading, restarting or draining. Needs no key."""
+    """200 when requests can be taken; 503 with the reason while loading, restarting or draining.
+    Needs no key."""
     error = state_of(request).unavailable()
     if error is not None:
         raise error
