@@ -36,12 +36,13 @@ def confine(path: str | Path, roots: Sequence[Path]) -> Path:
         if (real := _real_path(root / path)) is not None and is_inside(real, roots)
     ]
     for real in inside:
-        if real.is_dir():
+        if os.path.isdir(real):
             return real
+    shown = str(path)[:200]
     if inside:
-        raise AdapterError(f"{path}: no such folder in {_listed(roots)}.")
+        raise AdapterError(f"{shown}: no such folder in {_listed(roots)}.")
     raise AdapterError(
-        f"{path}: not in a folder from which adapters may be loaded: {_listed(roots)}."
+        f"{shown}: not in a folder from which adapters may be loaded: {_listed(roots)}."
     )
 
 
