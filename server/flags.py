@@ -2,7 +2,7 @@
 
 A field `max_model_len: int | None = None` followed by a string literal becomes
 `--max-model-len`; a bool becomes `--flag / --no-flag`; a tuple may be repeated; a Literal offers
-its choices.
+its choices. The unit in `timeout_s` is shown as the value's name, not in the flag.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import typing
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
+SECONDS = "_s"
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
@@ -31,10 +32,11 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
             raise TypeError(f"{config_class.__name__}.{field.name} has no docstring for its help")
         default = _default(field)
         group.add_argument(
-            "--" + field.name.replace("_", "-"),
+            "--" + field.name.removesuffix(SECONDS).replace("_", "-"),
+            dest=field.name,
             default=argparse.SUPPRESS,
             help=f"{docs[field.name]} {_shown_default(default)}".strip().replace("%", "%%"),
-            **_argparse_kind(hints[field.name]),
+            **_argparse_kind(hints[field.name], is_time=field.name.endswith(SECONDS)),
         )
 
 
@@ -64,7 +66,7 @@ def field_docstrings(config_class: type) -> dict[str, str]:
     return docs
 
 
-def _argparse_kind(hint: Any) -> dict[str, Any]:
+def _argparse_kind(hint: Any, *, is_time: bool) -> dict[str, Any]:
     """How argparse reads a field of this type."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):  # X | None
         hint = next(arm for arm in typing.get_args(hint) if arm is not types.NoneType)
@@ -74,7 +76,8 @@ def _argparse_kind(hint: Any) -> dict[str, Any]:
         return {"action": "append", "type": typing.get_args(hint)[0], "metavar": "VALUE"}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
-    return {"type": hint, "metavar": {int: "N", float: "X", str: "TEXT"}[hint]}
+    metavar = "SECONDS" if is_time else {int: "N", float: "X", str: "TEXT"}[hint]
+    return {"type": hint, "metavar": metavar}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -84,7 +87,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _shown_default(default: Any) -> str:
-    if default is None or default == ():
+    if default is None or default in ((), ""):
         return ""
     if isinstance(default, bool):
         return f"(default: {'on' if default else 'off'})"

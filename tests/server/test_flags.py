@@ -24,6 +24,8 @@ class Sample:
     """Names."""
     is_on: bool = True
     """Switch."""
+    timeout_s: float = 1.0
+    """How long."""
 
     def __post_init__(self) -> None:
         if self.max_things == 0:
@@ -43,6 +45,13 @@ def test_absent_flags_keep_the_defaults():
 def test_every_kind_of_field_can_be_set():
     config = parse("--max-things", "3", "--kind", "b", "--names", "x", "--names", "y", "--no-is-on")
     assert config == Sample(max_things=3, kind="b", names=("x", "y"), is_on=False)
+
+
+def test_the_unit_of_a_time_is_shown_beside_the_flag():
+    assert parse("--timeout", "2.5").timeout_s == 2.5
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Sample)
+    assert "--timeout SECONDS" in parser.format_help()
 
 
 def test_a_value_outside_the_choices_is_refused(capsys):

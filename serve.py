@@ -1,0 +1,359 @@
+"""Herd's entry: flags become configs, configs become objects, and the objects run.
+
+    python serve.py [flags]                 serve the embedded demo, or --base and its --adapter
+    python serve.py quantize SRC DST        write a bitsandbytes 4-bit copy of a 16-bit checkpoint
+
+The engine worker is spawned from this file and imports it again: heavy imports stay in functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import functools
+import importlib.metadata
+import logging
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.api import EngineInfo, LoadProgress
+from engine.config import CacheConfig, EngineConfig, LoraConfig, ModelConfig, SchedulerConfig
+from engine.errors import EngineError
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from server.config import ServerConfig
+    from server.engine_client import EngineClient
+    from server.state import ServerState
+
+DEMO_ADAPTERS = ("guanaco", "pirate")
+PROGRESS_INTERVAL_S = 0.05
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        refuse_foreign_kernels()
+        if words[:1] == ["quantize"]:
+            return quantize(words[1:])
+        engine_config, server_config = parse_serve_flags(words)
+        return asyncio.run(serve(engine_config, server_config))
+    except (EngineError, ValueError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def refuse_foreign_kernels() -> None:
+    """The PyPI package `kernels` and our folder of that name cannot both be imported.
+
+    Raises:
+        EngineError: it is installed.
+    """
+    try:
+        version = importlib.metadata.version("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    raise EngineError(
+        f"The Python package 'kernels' {version} is installed in this environment; our folder "
+        f"of that name cannot be imported beside it. Remove it (pip uninstall kernels), or give "
+        f"Herd an environment of its own."
+    )
+
+
+def parse_serve_flags(words: list[str]) -> tuple[EngineConfig, ServerConfig]:
+    """Flags to configs.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+    from server.config import ServerConfig
+    from server.flags import add_flags, from_args
+
+    parser = argparse.ArgumentParser(
+        prog="serve.py",
+        usage="serve.py [flags]",
+        description="Serve one 4-bit base model and a herd of LoRA adapters over the OpenAI API.",
+        epilog="python serve.py quantize --help: write a 4-bit copy of a 16-bit checkpoint.",
+    )
+    for config_class in (ModelConfig, ServerConfig, SchedulerConfig, CacheConfig, LoraConfig):
+        add_flags(parser, config_class)
+    args = parser.parse_args(words)
+    engine_config = EngineConfig(
+        model=from_args(ModelConfig, args),
+        cache=from_args(CacheConfig, args),
+        scheduler=from_args(SchedulerConfig, args),
+        lora=from_args(LoraConfig, args),
+    )
+    return engine_config, from_args(ServerConfig, args)
+
+
+async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
+    """Listen at once, load the model, serve until a signal or a failure; returns the exit status.
+
+    Raises:
+        EngineError: the model or an adapter cannot be served.
+    """
+    import uvicorn
+
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # the page's own requests
+    started_s = time.monotonic()
+    listener = listen(config.host, config.port)
+    url = public_url(config, listener.getsockname()[1])
+    state, engine, adapters = compose(engine_config, config)
+    loading = asyncio.create_task(load(engine, state, adapters))
+    # The page's library takes seconds to import; the worker loads the model meanwhile.
+    app = await asyncio.to_thread(make_app, state, config, url)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="info" if config.log_level == "debug" else "warning",
+            ssl_keyfile=config.ssl_keyfile,
+            ssl_certfile=config.ssl_certfile,
+            root_path=config.root_path,
+            timeout_graceful_shutdown=1,
+            server_header=False,
+        )
+    )
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+    handle_signals(server, engine, state)
+    serving = asyncio.create_task(server.serve([listener]))
+    try:
+        await asyncio.wait((serving, loading), return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            announce(loading.result(), state, url, time.monotonic() - started_s)
+        await serving
+    finally:
+        loading.cancel()
+        server.should_exit = server.force_exit = True
+        await asyncio.gather(loading, serving, return_exceptions=True)
+        await engine.stop(0.0)
+        state.registry.close()
+    return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take the port before anything slow is done.
+
+    Raises:
+        EngineError: it cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise EngineError(
+            f"Cannot listen on {host} port {port}: {error.strerror or error}. "
+            f"Choose another --port (0 takes a free one) or --host."
+        ) from error
+    return listener
+
+
+def public_url(config: ServerConfig, port: int) -> str:
+    """Where a person on this machine reaches the server."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
+    host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    return f"{'https' if config.ssl_keyfile else 'http'}://{host}:{port}"
+
+
+def compose(
+    engine_config: EngineConfig, config: ServerConfig
+) -> tuple[ServerState, EngineClient, dict[str, Path]]:
+    """All objects of the HTTP process, and the folders of the adapters to load at start.
+
+    Raises:
+        EngineError: the base, its tokenizer or an adapter cannot be found.
+    """
+    from adapters.format import read_ref
+    from adapters.resolve import DEMO_BASE, parse_adapter, resolve_adapter, resolve_base
+    from engine.model_config import ModelSpec
+    from server.adapters import Adapters
+    from server.chat_template import load_override
+    from server.engine_client import EngineClient
+    from server.metrics import Metrics
+    from server.state import ServerState, model_names
+    from server.tokenizer import load_tokenizer
+
+    base = engine_config.model.base
+    folder = resolve_base(base, config.model_dir)
+    spec = ModelSpec.from_folder(folder)
+    folders = [path for path in (config.adapter_dir, config.model_dir) if path is not None]
+    wanted = config.adapter or (DEMO_ADAPTERS if base == DEMO_BASE else ())
+    adapters = {
+        name: resolve_adapter(source, base, folders)
+        for name, source in (parse_adapter(text) for text in wanted)
+    }
+    names = model_names(config, base if base == DEMO_BASE else folder)
+    metrics = Metrics(names[0])
+    engine = EngineClient(engine_config, folder, functools.partial(read_ref, spec=spec))
+    loader = Adapters(
+        spec,
+        engine,
+        metrics,
+        roots=[Path(config.adapter_dir).resolve()] if config.adapter_dir else [],
+        reserved_names=names,
+    )
+    engine.on_restart = loader.reload_all
+    state = ServerState(
+        config=config,
+        engine=engine,
+        registry=loader.registry,
+        adapters=loader,
+        tokenizer=load_tokenizer(Path(engine_config.model.tokenizer or folder)),
+        model_names=names,
+        base_path=str(folder),
+        max_num_seqs=engine_config.scheduler.max_num_seqs,
+        metrics=metrics,
+        chat_template=load_override(config.chat_template) if config.chat_template else None,
+    )
+    return state, engine, adapters
+
+
+def make_app(state: ServerState, config: ServerConfig, url: str) -> Any:
+    """The API, and the page in it."""
+    from server.app import create_app
+
+    app = create_app(state)
+    if config.ui:
+        from ui.app import mount_page
+
+        mount_page(app, url)
+    return app
+
+
+async def load(engine: EngineClient, state: ServerState, adapters: dict[str, Path]) -> EngineInfo:
+    """Start the engine and load the adapters, with progress bars."""
+    bars = asyncio.create_task(show_progress(engine))
+    try:
+        info = await engine.start()
+    finally:
+        bars.cancel()
+        await asyncio.gather(bars, return_exceptions=True)
+    for name, path in adapters.items():
+        await state.adapters.load_at_start(name, path)
+    return info
+
+
+async def show_progress(engine: EngineClient) -> None:
+    """One bar per stage of the worker's start."""
+    from tqdm import tqdm
+
+    shown: LoadProgress | None = None
+    bar: Any = None
+    try:
+        while True:
+            progress = engine.progress
+            if progress is not None and progress is not shown:
+                if shown is None or shown.stage != progress.stage:
+                    if bar is not None:
+                        bar.close()
+                    bar = tqdm(total=progress.total, desc=progress.stage, unit_scale=True)
+                bar.total = progress.total
+                bar.update(progress.done - bar.n)
+                shown = progress
+            await asyncio.sleep(PROGRESS_INTERVAL_S)
+    finally:
+        if bar is not None:
+            bar.update(bar.total - bar.n)
+            bar.close()
+
+
+def announce(info: EngineInfo, state: ServerState, url: str, seconds: float) -> None:
+    """Tell the operator what runs and where."""
+    names = state.registry.names()
+    model = names[0] if names else state.model_names[0]
+    for note in info.notes:
+        print(note)
+    print(
+        f"\nHerd is ready after {seconds:.1f} s: {state.model_names[0]} ({info.architecture}, "
+        f"{info.quantization}, {info.weights_bytes / 1e6:,.0f} MB, {info.device}), "
+        f"adapters: {', '.join(names) or 'none'}\n"
+        f"  page  {url + '/' if state.config.ui else 'off (--no-ui)'}\n"
+        f"  API   {url}/v1\n"
+        f"  try   curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f'          -d \'{{"model": "{model}", "messages": '
+        f'[{{"role": "user", "content": "What is NF4?"}}]}}\'\n',
+        flush=True,
+    )
+
+
+def handle_signals(server: uvicorn.Server, engine: EngineClient, state: ServerState) -> None:
+    """SIGINT ends running requests at once; SIGTERM lets them finish, up to --shutdown-timeout."""
+
+    async def stop(timeout_s: float) -> None:
+        await state.drain(timeout_s)
+        await engine.stop(0.0)  # what still runs is told so
+        server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    tasks: list[asyncio.Task[None]] = []  # a task that nobody holds may be collected
+    for number, timeout_s in (
+        (signal.SIGINT, 0.0),
+        (signal.SIGTERM, state.config.shutdown_timeout_s),
+    ):
+        loop.add_signal_handler(
+            number, lambda seconds: tasks.append(loop.create_task(stop(seconds))), timeout_s
+        )
+
+
+def quantize(words: list[str]) -> int:
+    """serve.py quantize SRC DST.
+
+    Raises:
+        EngineError: the source cannot be read or the destination not written.
+    """
+    from tqdm import tqdm
+
+    from adapters.resolve import resolve_base
+    from engine.quantize import quantize_checkpoint
+
+    parser = argparse.ArgumentParser(
+        prog="serve.py quantize",
+        description="Write a 4-bit copy of a 16-bit checkpoint, in the format of bitsandbytes.",
+    )
+    parser.add_argument("src", metavar="SRC", help="folder, name or repository id of the model")
+    parser.add_argument("dst", metavar="DST", help="new folder for the copy")
+    parser.add_argument("--quant-type", choices=["nf4", "fp4"], default="nf4")
+    parser.add_argument(
+        "--double-quant",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="quantise the scales as well: 4.127 instead of 4.5 bits per weight",
+    )
+    parser.add_argument("--model-dir", help="folder in which names of base models are looked up")
+    args = parser.parse_args(words)
+    source = resolve_base(args.src, args.model_dir)
+    with tqdm(unit="B", unit_scale=True) as bar:
+
+        def progress(stage: str, done: int, total: int) -> None:
+            bar.set_description(stage)
+            bar.total = total
+            bar.update(done - bar.n)
+
+        quantize_checkpoint(
+            source,
+            Path(args.dst),
+            quant_type=args.quant_type,
+            double_quant=args.double_quant,
+            progress=progress,
+        )
+    print(f"Wrote {args.dst}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
