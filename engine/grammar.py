@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -165,7 +165,7 @@ class GrammarMatcher:
         target = row if self._own_row is None else self._own_row
         self._matcher.unsafe_compute_mask_ptr(target.data_ptr(), 4 * target.numel())
         if self._matcher.is_error():
-            raise GrammarError(_readable(self._spec, self._matcher.get_error()))
+            raise GrammarError(_readable(self._spec, self._matcher.get_error(), "followed"))
         if self._own_row is not None:
             num_words = min(row.numel(), self._own_row.numel())
             row[:num_words] = self._own_row[:num_words]
@@ -181,7 +181,7 @@ class GrammarMatcher:
             GrammarError: the token is not allowed here, or the limits were exceeded.
         """
         if not self._matcher.consume_token(token_id):
-            raise GrammarError(_readable(self._spec, self._matcher.get_error()))
+            raise GrammarError(_readable(self._spec, self._matcher.get_error(), "followed"))
 
     def is_finished(self) -> bool:
         """Nothing can follow: the text is whole, whether or not an end-of-text token came."""
@@ -231,7 +231,9 @@ def _grammar_text(spec: GrammarSpec) -> str:
             f"Make it smaller."
         )
     if spec.kind == "regex":
-        return str(matcher.grammar_from_regex(spec.source))
+        # Digits, letters and blanks of ASCII: what \d, \w and \s nearly always mean in a request.
+        pattern = _llguidance().regex_to_lark(spec.source, "dws")
+        return str(matcher.grammar_from_lark(f"start: /{pattern}/"))
     if spec.kind == "lark":
         return str(matcher.grammar_from_lark(spec.source))
     schema = _read_schema(spec.source) if spec.kind == "json_schema" else {"type": "object"}
@@ -247,20 +249,27 @@ def _read_schema(source: str) -> dict[str, Any]:
         raise GrammarError(f"The JSON schema is not valid JSON: {error}") from error
     if not isinstance(schema, dict):
         raise GrammarError(f"The JSON schema must be an object, not {json.dumps(schema)[:80]}.")
-    level, depth = [schema], 0
-    while level:
-        depth += 1
-        if depth > MAX_SCHEMA_DEPTH:
-            raise GrammarError(
-                f"The JSON schema is nested more than {MAX_SCHEMA_DEPTH} levels deep. Flatten it, "
-                f"or move parts to $defs and refer to them."
-            )
-        inner = [list(v.values()) if isinstance(v, dict) else v for v in level]
-        level = [x for values in inner for x in values if isinstance(x, dict | list)]
+    if _depth(schema) > MAX_SCHEMA_DEPTH:
+        raise GrammarError(
+            f"The JSON schema is nested more than {MAX_SCHEMA_DEPTH} levels deep. Flatten it, or "
+            f"move parts to $defs and refer to them."
+        )
     asked = schema.pop("x-guidance", None)
     if isinstance(asked, dict):
         schema["x-guidance"] = {key: asked[key] is True for key in _SCHEMA_OPTIONS if key in asked}
     return schema
+
+
+def _depth(value: object) -> int:
+    """Levels of objects and arrays; level by level, as recursion would overflow first."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        inner = [
+            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)
+        ]
+        level = [value for values in inner for value in values]
+    return depth
 
 
 def _noun(spec: GrammarSpec) -> str:
@@ -268,9 +277,9 @@ def _noun(spec: GrammarSpec) -> str:
     return names.get(spec.kind, "JSON schema")
 
 
-def _readable(spec: GrammarSpec, message: str) -> str:
+def _readable(spec: GrammarSpec, message: str, verb: str = "compiled") -> str:
     """The library's message without its traces, as a sentence about what the client sent."""
-    message = message.partition("<backtrace>")[0].strip()
+    message = message.partition("<backtrace>")[0].replace("<non-verbose/>", "").strip()
     if "fuel" in message or "too complex" in message.lower() or "limit" in message:
         return (
             f"The {_noun(spec)} is too complex to follow: {' '.join(message.split())[:300]}. "
@@ -281,7 +290,7 @@ def _readable(spec: GrammarSpec, message: str) -> str:
         return f"The JSON schema uses keywords that are not supported: {keys}. Remove them."
     if spec.kind == "regex":  # the library quotes the Lark grammar that it wraps the pattern in
         message = message.partition("regex parse error:")[2].partition("\n   1 |")[0] or message
-    return f"The {_noun(spec)} cannot be compiled: {message[:2000]}"
+    return f"The {_noun(spec)} cannot be {verb}: {message[:2000]}"
 
 
 def _pass_on(done: Future[Grammar], own: Future[Grammar]) -> None:
@@ -309,7 +318,14 @@ def _byte_tokenizer() -> Any:
 class _Vocabulary:
     """A tokenizer in the shape that llguidance takes."""
 
-    def __init__(self, tokens, special_ids, eos_id, bos_id, encode) -> None:
+    def __init__(
+        self,
+        tokens: list[bytes],
+        special_ids: list[int],
+        eos_id: int,
+        bos_id: int | None,
+        encode: Callable[[bytes], list[int]],
+    ) -> None:
         self.tokens = tokens
         self.special_token_ids = special_ids
         self.eos_token_id = eos_id
@@ -317,7 +333,7 @@ class _Vocabulary:
         self._encode = encode
 
     def __call__(self, text: bytes) -> list[int]:
-        return list(self._encode(text))
+        return self._encode(text)
 
 
 def _load_tokenizer(folder: Path, vocab_size: int, eos_token_ids: list[int]) -> Any:
@@ -336,7 +352,7 @@ def _from_transformers(folder: Path, vocab_size: int, eos_token_ids: list[int]) 
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer: Any = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
         num_tokens = max(vocab_size, len(tokenizer))
@@ -345,12 +361,17 @@ def _from_transformers(folder: Path, vocab_size: int, eos_token_ids: list[int]) 
         raise CheckpointError(f"{folder}: no tokenizer for structured output: {error}") from error
 
 
+# ModelProto.normalizer_spec (field 3) {add_dummy_prefix (3): false, remove_extra_whitespaces (4):
+# false}: behind a model's bytes these two override its own, and no space comes before a text.
+_PLAIN_NORMALIZER = bytes([3 << 3 | 2, 4, 3 << 3, 0, 4 << 3, 0])
+
+
 def _from_sentencepiece(path: Path, eos_token_ids: list[int]) -> Any:
     from llguidance import LLTokenizer, TokenizerWrapper
     from sentencepiece import SentencePieceProcessor
 
     try:
-        model = SentencePieceProcessor(model_file=str(path))
+        model = SentencePieceProcessor(model_proto=path.read_bytes() + _PLAIN_NORMALIZER)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not a SentencePiece model: {error}") from error
     tokens: list[bytes] = []
@@ -363,11 +384,23 @@ def _from_sentencepiece(path: Path, eos_token_ids: list[int]) -> Any:
         tokens.append(piece.replace("▁", " ").encode())
         if model.is_control(token_id) or model.is_unknown(token_id) or model.is_unused(token_id):
             special_ids.append(token_id)
-    # SentencePiece puts a space before a text; behind this control character it does not.
-    opening = model.encode("\x02")
+    id_of = {token: i for i, token in enumerate(tokens) if i not in special_ids}
+    longest = max(map(len, tokens))
 
     def encode(text: bytes) -> list[int]:
-        return model.encode("\x02" + text.decode("utf-8"))[len(opening) :]
+        token_ids: list[int] = model.encode(text.decode("utf-8"))
+        if b"".join(tokens[i] for i in token_ids) == text:
+            return token_ids
+        # The model's normaliser rewrites this text. What a grammar forces must come out as it is.
+        token_ids, start = [], 0
+        while start < len(text):
+            ends = range(min(start + longest, len(text)), start, -1)
+            end = next((end for end in ends if text[start:end] in id_of), None)
+            if end is None:
+                break
+            token_ids.append(id_of[text[start:end]])
+            start = end
+        return token_ids
 
     eos_token_ids = eos_token_ids or [model.eos_id()]
     vocabulary = _Vocabulary(tokens, special_ids, eos_token_ids[0], model.bos_id(), encode)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.api import TokenLogprobs
 from engine.errors import EngineError, GrammarError
+from engine.grammar import GrammarMatcher
 from engine.sequence import Sequence
 from kernels.sampling import (
     GREEDY_BELOW,
@@ -69,17 +70,17 @@ class Sampler:
         if plan is None or plan.sequences != sequences or plan.device != logits.device:
             plan = self._plan = _make_plan(sequences, logits)
         errors: dict[int, EngineError] = {}
-        if plan.grammar_rows:  # first: on a GPU the model is still running
+        if plan.matchers:  # first: on a GPU the model is still running
             _fill_masks(plan, errors)
         raw = logits[plan.logprob_rows] if plan.logprob_rows else None
         is_broken = ~logits.sum(dim=-1).isfinite()  # one reduction: finite logits have such a sum
         if plan.changes_logits:
             _change_logits(plan, logits)
         token_ids = _choose(plan, logits, is_broken, errors).tolist()
-        for row in plan.grammar_rows:
+        for row, matcher in plan.matchers:
             if row not in errors:
                 try:
-                    sequences[row].grammar.accept(token_ids[row])
+                    matcher.accept(token_ids[row])
                 except GrammarError as error:
                     errors[row] = error
         logprobs = _report(plan, raw, token_ids) if raw is not None else {}
@@ -110,14 +111,14 @@ class _Plan:
     penalties: Tensor | None = None  # float32 [num_penalised, 3]: repetition, presence, frequency
     bias: tuple[Tensor, Tensor, Tensor] | None = None  # rows, token ids, amounts
     min_tokens_rows: list[int] = field(default_factory=list)
-    grammar_rows: list[int] = field(default_factory=list)
+    matchers: list[tuple[int, GrammarMatcher]] = field(default_factory=list)
     bitmask: Tensor | None = None  # int32 [num_grammars, words], on the CPU
     logprob_rows: list[int] = field(default_factory=list)
     num_logprobs: int = 0
 
     @property
     def changes_logits(self) -> bool:
-        return bool(self.penalty_rows or self.bias or self.min_tokens_rows or self.grammar_rows)
+        return bool(self.penalty_rows or self.bias or self.min_tokens_rows or self.matchers)
 
 
 def _make_plan(sequences: list[Sequence], logits: Tensor) -> _Plan:
@@ -129,8 +130,9 @@ def _make_plan(sequences: list[Sequence], logits: Tensor) -> _Plan:
             plan.penalty_rows.append(row)
         if p.min_tokens > len(sequences[row].output_token_ids):
             plan.min_tokens_rows.append(row)
-        if sequences[row].grammar is not None:
-            plan.grammar_rows.append(row)
+        matcher = sequences[row].grammar
+        if matcher is not None:
+            plan.matchers.append((row, matcher))
         if p.logprobs is not None:
             plan.logprob_rows.append(row)
             plan.num_logprobs = max(plan.num_logprobs, p.logprobs)
@@ -157,17 +159,17 @@ def _make_plan(sequences: list[Sequence], logits: Tensor) -> _Plan:
     if biases:
         rows, token_ids, amounts = zip(*biases, strict=True)
         plan.bias = (column(rows, torch.int64), column(token_ids, torch.int64), column(amounts))
-    if plan.grammar_rows:
+    if plan.matchers:
         num_words = (logits.shape[1] + 31) // 32
-        plan.bitmask = torch.empty((len(plan.grammar_rows), num_words), dtype=torch.int32)
+        plan.bitmask = torch.empty((len(plan.matchers), num_words), dtype=torch.int32)
     return plan
 
 
 def _fill_masks(plan: _Plan, errors: dict[int, EngineError]) -> None:
     assert plan.bitmask is not None
-    for row, mask in zip(plan.grammar_rows, plan.bitmask, strict=True):
+    for (row, matcher), mask in zip(plan.matchers, plan.bitmask, strict=True):
         try:
-            plan.sequences[row].grammar.fill_mask(mask)
+            matcher.fill_mask(mask)
         except GrammarError as error:
             errors[row] = error
             mask.fill_(-1)
@@ -186,7 +188,7 @@ def _change_logits(plan: _Plan, logits: Tensor) -> None:
             stop = [i for i in sequence.stop_token_ids if i < logits.shape[1]]
             logits[row, stop] = -torch.inf
     if plan.bitmask is not None:
-        apply_bitmask(logits, plan.grammar_rows, plan.bitmask)
+        apply_bitmask(logits, [row for row, _ in plan.matchers], plan.bitmask)
 
 
 def _penalise(plan: _Plan, logits: Tensor) -> None:

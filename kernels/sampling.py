@@ -220,7 +220,8 @@ def _sum_columns(weights: Tensor) -> tuple[Tensor, int]:
         Additions of whole slices: the same order for every row and every number of rows.
     """
     num_columns = weights.shape[1] // _NUM_MEMBERS
-    sums = weights[:, : num_columns * _NUM_MEMBERS].unflatten(1, (_NUM_MEMBERS, num_columns))
+    body = weights[:, : num_columns * _NUM_MEMBERS]
+    sums = torch.unflatten(body, 1, (_NUM_MEMBERS, num_columns))
     half = _NUM_MEMBERS // 2
     while half:
         sums = sums[:, :half] + sums[:, half:]
