@@ -11,7 +11,7 @@ from pathlib import Path
 
 from adapters.format import WEIGHTS_FILE
 from adapters.peft_config import CONFIG_FILE
-from engine.errors import AdapterError, CheckpointError, EngineError
+from engine.errors import AdapterError, CheckpointError
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 DEMO_BASE = "demo"
@@ -51,11 +51,14 @@ def resolve_base(name: str, model_dir: str | Path | None) -> Path:
         Path(name).expanduser(),
         *([Path(model_dir) / name] if model_dir is not None else []),
     ]
-    for folder in folders:
-        if _has_file(folder, "config.json", tried):
-            return folder
+    for path in folders:
+        if _has_file(path, "config.json", tried):
+            return path
     repository = BASE_ALIASES.get(name.lower(), name)
-    return _download(repository, tried, "base model", CheckpointError)
+    folder = _download(repository, tried)
+    if folder is None:
+        raise CheckpointError(_not_found("base model", name, tried))
+    return folder
 
 
 def resolve_adapter(name: str, base: str, adapter_dirs: Sequence[str | Path]) -> Path:
@@ -73,9 +76,9 @@ def resolve_adapter(name: str, base: str, adapter_dirs: Sequence[str | Path]) ->
     folders = [Path(name).expanduser(), *(Path(folder) / name for folder in adapter_dirs)]
     if base == DEMO_BASE and NAME.fullmatch(name):
         folders.append(DEMO / "adapters" / name)
-    for folder in folders:
-        if _has_file(folder, CONFIG_FILE, tried):
-            return folder
+    for path in folders:
+        if _has_file(path, CONFIG_FILE, tried):
+            return path
     repository = name
     if name.lower() == "guanaco":
         size = re.search(r"(?<![\d.])(7|13|30|33|65)b\b", base.lower())
@@ -85,7 +88,9 @@ def resolve_adapter(name: str, base: str, adapter_dirs: Sequence[str | Path]) ->
             )
         else:
             repository = f"timdettmers/guanaco-{GUANACO_SIZES[size[0]]}"
-    folder = _download(repository, tried, "adapter", AdapterError)
+    folder = _download(repository, tried)
+    if folder is None:
+        raise AdapterError(_not_found("adapter", name, tried))
     if not (folder / WEIGHTS_FILE).exists():
         raise AdapterError(
             f"{repository} has no {WEIGHTS_FILE}. Older repositories hold only pickle files, which can run code and are never "
@@ -134,37 +139,30 @@ def _has_file(folder: Path, file: str, tried: list[str]) -> bool:
     return False
 
 
-def _download(repository: str, tried: list[str], what: str, error: type[EngineError]) -> Path:
-    """A repository of the Hugging Face hub, from its cache or downloaded, with its progress bars."""
+def _download(repository: str, tried: list[str]) -> Path | None:
+    """A repository of the Hugging Face hub, from its cache or downloaded, with progress bars.
+
+    None where it cannot be had; the reason is in tried.
+    """
     if not REPOSITORY.fullmatch(repository):
-        raise error(
-            _not_found(
-                what, repository, [*tried, f"{repository!r} is not a repository id (owner/name)"]
-            )
-        )
+        tried.append(f"{repository[:200]!r} is not a repository id (owner/name)")
+        return None
     import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(snapshot_download(repository, allow_patterns=DOWNLOADED))
-    except (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        httpx.HTTPError,
-        OSError,
-    ) as failure:
-        reason = (
-            str(failure).strip().splitlines()[0] if str(failure).strip() else type(failure).__name__
-        )
-        raise error(
-            _not_found(
-                what, repository, [*tried, f"Hugging Face repository {repository}: {reason}"]
-            )
-        ) from failure
+    # The hub's own errors are HTTP or OS errors too: no such repository, gated, not in the cache.
+    except (httpx.HTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        tried.append(f"Hugging Face repository {repository}: {reason}")
+        return None
 
 
 def _not_found(what: str, name: str, tried: Sequence[str]) -> str:
     lines = "".join(f"\n- {line}" for line in tried)
-    return f"No {what} {name!r}. Tried:{lines}\nName a folder, or download it where there is a network and name that."
+    return (
+        f"No {what} {name[:200]!r}. Tried:{lines}\n"
+        f"Name a folder, or download it where there is a network and name that."
+    )

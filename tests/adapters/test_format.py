@@ -19,6 +19,7 @@ from adapters.peft_config import CONFIG_FILE
 from adapters.writer import write_adapter
 from engine.errors import AdapterError
 from engine.lora import LoraModule, LoraWeights
+from tests.adapters.tiny_bases import oracle_logits, random_llama, ref_to, run, wait_until_placed
 
 LAYER = "base_model.model.model.layers.0.self_attn"
 
@@ -462,16 +463,16 @@ def random_weights(base, *, dora: bool = False, fingerprint: str | None = "abc")
 @pytest.mark.parametrize(
     "options", [{}, {"alpha": 8}, {"alpha": 5.5, "use_rslora": True}, {"dora": True}]
 )
-def test_peft_loads_what_we_write_and_gives_our_logits(base, tmp_path, make_pool, tools, options):
+def test_peft_loads_what_we_write_and_gives_our_logits(base, tmp_path, make_pool, options):
     options = dict(options)
     weights = random_weights(base, dora=options.pop("dora", False))
     write_adapter(tmp_path / "a", weights, base_model="tiny", **options)
-    oracle = peft.PeftModel.from_pretrained(tools.random_llama({}), tmp_path / "a").eval()
+    oracle = peft.PeftModel.from_pretrained(random_llama({}), tmp_path / "a").eval()
     pool = make_pool(base)
-    row = tools.wait_until_placed(pool, tools.ref_to(tmp_path / "a"))
+    row = wait_until_placed(pool, ref_to(tmp_path / "a"))
     torch.testing.assert_close(
-        torch.cat(tools.run(base, pool, [row] * 3)),
-        torch.cat(tools.oracle_logits(oracle)),
+        torch.cat(run(base, pool, [row] * 3)),
+        torch.cat(oracle_logits(oracle)),
         rtol=1e-4,
         atol=1e-4,
     )

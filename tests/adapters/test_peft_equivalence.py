@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.adapters.tiny_bases import oracle_logits, ref_to, run, wait_until_placed
+
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 KINDS = {
@@ -88,14 +90,14 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_equal_those_of_peft(kind, base_of, peft_adapter, make_pool, tools):
+def test_logits_equal_those_of_peft(kind, base_of, peft_adapter, make_pool):
     base_kind, options = KINDS[kind]
     base = base_of(base_kind)
     folder, oracle = peft_adapter(base.oracle, task_type="CAUSAL_LM", **options)
     pool = make_pool(base)
-    row = tools.wait_until_placed(pool, tools.ref_to(folder))
-    actual = torch.cat(tools.run(base, pool, [row] * 3))
-    expected = torch.cat(tools.oracle_logits(oracle))
-    assert (expected - torch.cat(tools.oracle_logits(base.oracle))).abs().max() > 1e-2
+    row = wait_until_placed(pool, ref_to(folder))
+    actual = torch.cat(run(base, pool, [row] * 3))
+    expected = torch.cat(oracle_logits(oracle))
+    assert (expected - torch.cat(oracle_logits(base.oracle))).abs().max() > 1e-2
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    pool.release(tools.ref_to(folder))
+    pool.release(ref_to(folder))
