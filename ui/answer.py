@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 from ui.client import ApiError, Client, Piece, Sampling
@@ -41,6 +41,8 @@ class Answer:
     """The model has no chat template: its text continues the user's."""
     finish_reason: str | None = None
     error: ApiError | None = None
+    is_stopped: bool = False
+    """Nobody wanted the rest."""
     is_done: bool = False
     num_pieces: int = 0
     num_tokens: int | None = None
@@ -56,6 +58,7 @@ class Answer:
             self.last_at = time.monotonic()
             self.first_at = self.first_at or self.last_at
         self.finish_reason = piece.finish_reason or self.finish_reason
+        self.generation = piece.generation or self.generation
         self.num_tokens = piece.num_tokens or self.num_tokens
 
     @property
@@ -72,12 +75,12 @@ class Answer:
 
 
 async def answer_together(
-    client: Client, questions: Sequence[Question], answers: Sequence[Answer]
-) -> AsyncIterator[None]:
+    client: Client, questions: Sequence[Question], answers: Sequence[Answer], stop: asyncio.Event
+) -> AsyncGenerator[None, None]:
     """Fill the answers concurrently; yields whenever they are worth drawing, and once at the end.
 
-    Closing or cancelling this iterator closes the connections, so that the server stops generating.
-    Errors end up in `Answer.error`; none is raised.
+    When `stop` is set, or this generator is closed or cancelled, the connections are closed, so
+    that the server stops generating. Errors end up in `Answer.error`; none is raised.
     """
     tasks = [
         asyncio.create_task(_fill(client, question, answer))
@@ -86,26 +89,22 @@ async def answer_together(
     try:
         drawn: list[tuple[int, bool]] = []
         drawn_at = 0.0
-        while True:
-            is_done = all(task.done() for task in tasks)
+        while not (stop.is_set() or all(task.done() for task in tasks)):
             state = [(answer.num_pieces, answer.is_done) for answer in answers]
-            if is_done or state != drawn or time.monotonic() - drawn_at >= WAIT_INTERVAL_S:
+            if state != drawn or time.monotonic() - drawn_at >= WAIT_INTERVAL_S:
                 drawn, drawn_at = state, time.monotonic()
                 yield
-            if is_done:
-                return
             await asyncio.wait(tasks, timeout=DRAW_INTERVAL_S)  # until all are done, at most
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+    yield
 
 
 async def _fill(client: Client, question: Question, answer: Answer) -> None:
     """Chat, or let a model without a chat template continue the user's text."""
     try:
-        generations = await client.generations(question.key)
-        answer.generation = generations.get(question.model)
         try:
             async for piece in client.chat(
                 question.model, question.messages, question.sampling, question.key
@@ -122,5 +121,8 @@ async def _fill(client: Client, question: Question, answer: Answer) -> None:
                 answer.add(piece)
     except ApiError as error:
         answer.error = error
+    except asyncio.CancelledError:
+        answer.is_stopped = True
+        raise
     finally:
         answer.is_done = True

@@ -85,14 +85,18 @@ def build_page(base_url: str, api_key: str | None = None) -> gr.Blocks:
         for view in (chat, pair):
             _wire(Talk(view=view, settings=settings, **common))
         pickers = [*chat.pickers, *pair.pickers]
-        models = Models(pickers=pickers, notice=notice, timer=timer, **common)
+        max_tokens = settings.sampling["max_tokens"]
+        models = Models(
+            pickers=pickers, notice=notice, max_tokens=max_tokens, timer=timer, **common
+        )
         refresh = {
             "fn": models.refresh,
             "inputs": set(pickers),  # a set, so that handlers get their values by component
-            "outputs": [*pickers, notice, key_row, timer],
+            "outputs": [*pickers, notice, key_row, max_tokens, timer],
             **EVENT,
         }
         gr.on([page.load, timer.tick, reload.click], **refresh)
+        # The key's own event runs in the browser alone; only its refresh reaches this process.
         gr.on([key.submit, use_key.click], None, key, None, js="herdKeepKey").then(**refresh)
     return page
 
@@ -154,7 +158,7 @@ def _view(*titles: str, autofocus: bool = False) -> View:
         show_label=False,
         placeholder="Write a message. Shift+Enter: new line",
         max_lines=8,
-        submit_btn=True,
+        submit_btn="Send",
         autofocus=autofocus,
         elem_classes="herd-box",
     )
@@ -168,17 +172,17 @@ def _view(*titles: str, autofocus: bool = False) -> View:
 def _wire(talk: Talk) -> None:
     """Connect one tab's components to what happens."""
     view = talk.view
+    outputs = [*view.chatbots, view.box, view.again, view.undo, view.clear, talk.key_row]
     event = {
         "inputs": {view.box, *view.pickers, *view.chatbots, *talk.settings.components},
-        "outputs": [*view.chatbots, view.box, view.again, view.undo, talk.key_row],
+        "outputs": outputs,
         **EVENT,
     }
-    running: list[Any] = [
-        view.box.submit(talk.ask, **event),
-        view.again.click(talk.ask_again, **event),
-    ]
+    view.box.submit(talk.ask, **event)
+    view.again.click(talk.ask_again, **event)
     for chatbot in view.chatbots:
-        running += [chatbot.retry(talk.retry, **event), chatbot.edit(talk.edit, **event)]
-    view.box.stop(talk.stop, cancels=running, **event)
-    view.clear.click(talk.clear, cancels=running, **event)
+        chatbot.retry(talk.retry, **event)
+        chatbot.edit(talk.edit, **event)
     gr.on([view.undo.click, *(chatbot.undo for chatbot in view.chatbots)], talk.undo, **event)
+    view.box.stop(talk.stop, None, outputs, **EVENT)
+    view.clear.click(talk.clear, None, outputs, **EVENT)

@@ -12,8 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import string
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -22,6 +21,7 @@ import httpx
 
 CONNECT_TIMEOUT_S = 5.0
 REPLY_TIMEOUT_S = 15.0
+GENERATION_HEADER = "X-Herd-Adapter-Generation"
 
 
 class ApiError(Exception):
@@ -41,8 +41,7 @@ class ApiError(Exception):
     @property
     def lacks_chat_template(self) -> bool:
         """Whether the model can only continue text."""
-        words = f"{self.code or ''} {self}".replace("_", " ").lower()
-        return self.status == 400 and "chat template" in words
+        return self.code == "no_chat_template"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +90,8 @@ class Piece:
     finish_reason: str | None = None
     num_tokens: int | None = None
     """Tokens of the whole answer, in the last piece only."""
+    generation: int | None = None
+    """Which generation of the adapter answers, in the first piece only."""
 
 
 class Client:
@@ -149,44 +150,31 @@ class Client:
             if "name" in adapter and isinstance(adapter.get("generation"), int)
         }
 
-    async def chat(
+    def chat(
         self, model: str, messages: list[dict[str, str]], sampling: Sampling, key: str | None
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         """Stream the answer to a conversation.
 
         Raises:
             ApiError: before or during the stream; see `lacks_chat_template`.
         """
         body = {"model": model, "messages": messages, **sampling.fields()}
-        async with aclosing(self._events("/v1/chat/completions", body, key)) as events:
-            async for event in events:
-                for choice in event.get("choices", []):
-                    text = choice.get("delta", {}).get("content") or ""
-                    yield Piece(text=text, finish_reason=choice.get("finish_reason"))
-                if usage := event.get("usage"):
-                    yield Piece(num_tokens=usage["completion_tokens"])
+        return self._pieces("/v1/chat/completions", body, key)
 
-    async def complete(
+    def complete(
         self, model: str, prompt: str, sampling: Sampling, key: str | None
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         """Stream the plain continuation of a text.
 
         Raises:
             ApiError: before or during the stream.
         """
         body = {"model": model, "prompt": prompt, **sampling.fields()}
-        async with aclosing(self._events("/v1/completions", body, key)) as events:
-            async for event in events:
-                for choice in event.get("choices", []):
-                    text = choice.get("text") or ""
-                    yield Piece(text=text, finish_reason=choice.get("finish_reason"))
-                if usage := event.get("usage"):
-                    yield Piece(num_tokens=usage["completion_tokens"])
+        return self._pieces("/v1/completions", body, key)
 
-    async def _events(
+    async def _pieces(
         self, path: str, body: dict[str, Any], key: str | None
-    ) -> AsyncGenerator[dict[str, Any], None]:
-        """The JSON events of one server-sent stream, up to [DONE]."""
+    ) -> AsyncGenerator[Piece, None]:
         body = {**body, "stream": True, "stream_options": {"include_usage": True}}
         try:
             async with self._http.stream(
@@ -195,23 +183,21 @@ class Client:
                 if response.status_code != 200:
                     await response.aread()
                     raise _error(response)
+                generation = response.headers.get(GENERATION_HEADER, "")
+                yield Piece(generation=int(generation) if generation.isdecimal() else None)
                 async for line in response.aiter_lines():
                     if not line.startswith("data:"):
-                        continue  # blank lines and the comments that keep a connection alive
+                        continue  # blank lines, and the comments that keep a connection alive
                     data = line.removeprefix("data:").strip()
                     if data == "[DONE]":
                         return
-                    event = json.loads(data)
-                    if error := event.get("error"):
-                        raise ApiError(str(error.get("message", error)), code=error.get("code"))
-                    yield event
+                    yield _piece(json.loads(data))
                 raise ApiError("The connection ended in the middle of the answer. Try again.")
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         except json.JSONDecodeError as error:
-            raise ApiError(
-                f"The server sent an event that is not JSON: {error.doc[:80]}"
-            ) from error
+            message = f"The server sent an event that is not JSON: {error.doc[:80]}"
+            raise ApiError(message) from error
 
     async def _get_json(self, path: str, key: str | None) -> Any:
         response = await self._send("GET", path, key=key)
@@ -246,6 +232,20 @@ def _headers(key: str | None) -> dict[str, str]:
         return {}
     # A header carries ASCII only; let the API refuse a key with other characters, not a crash here.
     return {"Authorization": f"Bearer {quote(key, safe=string.punctuation)}"}
+
+
+def _piece(event: dict[str, Any]) -> Piece:
+    """One event of a chat or completion stream; only its first choice, for one is asked for."""
+    if error := event.get("error"):
+        raise ApiError(str(error.get("message", error)), code=error.get("code"))
+    usage = event.get("usage") or {}
+    choice: dict[str, Any] = next(iter(event.get("choices", [])), {})
+    text = choice["delta"].get("content") if "delta" in choice else choice.get("text")
+    return Piece(
+        text=text or "",
+        finish_reason=choice.get("finish_reason"),
+        num_tokens=usage.get("completion_tokens"),
+    )
 
 
 def _error(response: httpx.Response) -> ApiError:

@@ -1,6 +1,6 @@
 """Conversations as the chat component holds them: the browser's copy is the only one.
 
-A message is {"role", "content": [part, ...], "metadata"}, a part is {"type": "text", "text"}. The
+A message is {"role", "content": [part, ...]}, a part is {"type": "text", "text"}. The
 first part is what was said; an answer has a second, its byline: who answered, how fast, how it
 ended. The browser sends the conversation with each event, so a restarted server carries on with it.
 """
@@ -25,12 +25,7 @@ def user_message(text: str) -> Message:
 
 def answer_message(answer: Answer) -> Message:
     """The answer as it stands, with its byline."""
-    return {
-        "role": "assistant",
-        "content": [_part(answer.text), _part(byline(answer))],
-        # Without a title this shows nothing; it tells `stopped` which answers were still growing.
-        "metadata": {"status": "done" if answer.is_done else "pending"},
-    }
+    return {"role": "assistant", "content": [_part(answer.text), _part(byline(answer))]}
 
 
 def byline(answer: Answer) -> str:
@@ -46,23 +41,14 @@ def byline(answer: Answer) -> str:
         notes.append(f"{answer.tokens_per_s:.1f} tokens/s")
     if not answer.is_done:
         notes.append("…")
+    elif answer.is_stopped:
+        notes.append("stopped")
     elif answer.error is None and answer.finish_reason is not None:
         notes.append(FINISH_NOTES.get(answer.finish_reason, answer.finish_reason))
     line = _byline_html(answer.model, notes)
     if answer.error is not None:
         line += f'<span class="herd-error">{escape(str(answer.error))}</span>'
     return line
-
-
-def stopped(history: History) -> History:
-    """The conversation after Stop: an answer that was still growing says so and keeps its text."""
-    if not history or (history[-1].get("metadata") or {}).get("status") != "pending":
-        return history
-    last = dict(history[-1])
-    text, line = last["content"][0], last["content"][1]["text"]
-    last["content"] = [text, _part(line.replace("· …", "· stopped"))]
-    last["metadata"] = {"status": "done"}
-    return [*history[:-1], last]
 
 
 def text_of(message: Message) -> str:

@@ -5,9 +5,11 @@ Handlers take the raw values of all inputs by component and give back what chang
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import aclosing
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any, cast
 
@@ -49,7 +51,7 @@ class Settings:
     """The components that shape every answer."""
 
     system_prompt: gr.Textbox
-    sampling: Mapping[str, Component]
+    sampling: Mapping[str, gr.Slider]
     """By the name of the field of `Sampling`."""
     seed: gr.Textbox
 
@@ -81,6 +83,7 @@ class Models:
     pickers: Sequence[gr.Dropdown]
     notice: gr.HTML
     key_row: gr.Row
+    max_tokens: gr.Slider
     timer: gr.Timer
 
     async def refresh(self, values: Values, request: gr.Request) -> Updates:
@@ -103,6 +106,8 @@ class Models:
             )
             for picker, default in zip(self.pickers, defaults, strict=True)
         }
+        if max_model_len := max((card.max_model_len or 0 for card in cards), default=0):
+            updates[self.max_tokens] = gr.update(maximum=max_model_len)
         is_demo = any(is_demo_name(card.name) for card in cards if card.parent is None)
         updates[self.notice] = (TOY if is_demo else "") if is_ready else LOADING
         updates[self.key_row] = gr.update(visible=False)
@@ -119,14 +124,18 @@ class Talk:
     view: View
     settings: Settings
     key_row: gr.Row
+    running: dict[str, asyncio.Event] = field(default_factory=dict)
+    """By Gradio's session: set it to stop the answers that this page waits for."""
 
     async def ask(self, values: Values, request: gr.Request) -> AsyncIterator[Updates]:
         """Put the box's text to every column."""
         text = values[self.view.box] or ""
+        histories = {}
         if text.strip():
-            histories = [[*h, talk.user_message(text)] for h in self._histories(values)]
-            async for updates in self._answer(dict(enumerate(histories)), values, request, box=""):
-                yield updates
+            asked = [[*history, talk.user_message(text)] for history in self._histories(values)]
+            histories = dict(enumerate(asked))
+        async for updates in self._answer(histories, values, request, box=""):
+            yield updates
 
     async def ask_again(self, values: Values, request: gr.Request) -> AsyncIterator[Updates]:
         """Answer every column's last question anew."""
@@ -160,30 +169,32 @@ class Talk:
         question = pairs[0][1] or values[self.view.box]
         return {**self._drawn(histories), **self._idle(value=question)}
 
-    def stop(self, values: Values) -> Updates:
-        """After the running event was cancelled: label the answers that it left unfinished."""
-        histories = [talk.stopped(history) for history in self._histories(values)]
-        return {**self._drawn(histories), **self._idle()}
+    def stop(self, request: gr.Request) -> Updates:
+        """End the running answers; their own event draws how they ended."""
+        if stop := self.running.get(request.session_hash or ""):
+            stop.set()
+            return {self.view.box: gr.skip()}
+        return self._idle()  # the server was restarted meanwhile
 
-    def clear(self, values: Values) -> Updates:  # noqa: ARG002 (Gradio passes the inputs)
+    def clear(self) -> Updates:
         """Begin anew."""
-        return {**self._drawn([[]] * len(self.view.chatbots)), **self._idle()}
+        return self._drawn([[]] * len(self.view.chatbots))
 
     async def _answer(
         self, histories: dict[int, History], values: Values, request: gr.Request, **box: Any
     ) -> AsyncIterator[Updates]:
         """Stream an answer into each of these columns, whose conversations end in a question."""
         histories = {column: history for column, history in histories.items() if history}
-        if not histories:
-            return
         models = {column: values[self.view.pickers[column]] for column in histories}
-        if not all(models.values()):
-            gr.Warning("There is no model to ask yet: wait until the server is ready.")
-            return
         try:
             sampling = self.settings.read(values)
+            if not all(models.values()):
+                raise ValueError("There is no model to ask yet: wait until the server is ready.")
         except ValueError as error:
             gr.Warning(escape(str(error)))
+            histories = {}
+        if not histories:
+            yield self._idle()  # a handler that yields nothing would empty the box
             return
         system_prompt = values[self.settings.system_prompt] or ""
         questions = [
@@ -205,11 +216,18 @@ class Talk:
             }
 
         yield {**drawn(), **self._busy(**({"value": box["box"]} if box else {}))}
-        async for _ in answer_together(self.client, questions, answers):
-            yield drawn()
+        session, stop = request.session_hash or "", asyncio.Event()
+        self.running[session] = stop
+        try:
+            async with aclosing(answer_together(self.client, questions, answers, stop)) as states:
+                async for _ in states:
+                    yield drawn()
+        finally:
+            if self.running.get(session) is stop:
+                del self.running[session]
         failed = {answer.model: answer.error for answer in answers if answer.error}
         for model, reason in failed.items():
-            gr.Warning(escape(str(reason)), title=escape(model))
+            gr.Warning(escape(str(reason)), title=escape(model), duration=6)
         wants_key = any(reason.wants_key for reason in failed.values())
         yield {**drawn(), **self._idle(), self.key_row: gr.update(visible=wants_key)}
 
@@ -226,16 +244,18 @@ class Talk:
 
     def _busy(self, **box: Any) -> Updates:
         return {
-            self.view.box: gr.update(submit_btn=False, stop_btn=True, **box),
+            self.view.box: gr.update(submit_btn=False, stop_btn="Stop", **box),
             self.view.again: gr.update(interactive=False),
             self.view.undo: gr.update(interactive=False),
+            self.view.clear: gr.update(interactive=False),
         }
 
     def _idle(self, **box: Any) -> Updates:
         return {
-            self.view.box: gr.update(submit_btn=True, stop_btn=False, **box),
+            self.view.box: gr.update(submit_btn="Send", stop_btn=False, **box),
             self.view.again: gr.update(interactive=True),
             self.view.undo: gr.update(interactive=True),
+            self.view.clear: gr.update(interactive=True),
         }
 
 

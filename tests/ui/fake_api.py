@@ -23,8 +23,13 @@ class FakeApi:
     num_disconnects: int = 0
     num_running: int = 0
     max_running: int = 0
+    num_refusals: int = 0
     required_key: str | None = None
     is_ready: bool = True
+
+    def reset(self) -> None:
+        """Forget what was asked, and be an open, ready server again."""
+        vars(self).update(vars(FakeApi()))
 
     def build(self) -> FastAPI:
         """The API's app, ready for the page to be mounted."""
@@ -67,8 +72,10 @@ class FakeApi:
                 "The prompt has 900 tokens, but this model holds 512.",
                 "context_length_exceeded",
             )
-        words = LONG_ANSWER if text == "slow" else f"{body['model']} says: {text}".split(" ")
-        return self._stream(words, text, lambda word: {"delta": {"content": word}})
+        words = (
+            LONG_ANSWER if text in ("slow", "burst") else f"{body['model']} says: {text}".split(" ")
+        )
+        return self._stream(body["model"], words, text, lambda word: {"delta": {"content": word}})
 
     async def complete(self, request: Request) -> Response:
         if refusal := self._refusal(request):
@@ -76,15 +83,16 @@ class FakeApi:
         body = await request.json()
         self.bodies.append(body)
         words = ["and", "so", "on"]
-        return self._stream(words, body["prompt"], lambda word: {"text": word})
+        return self._stream(body["model"], words, body["prompt"], lambda word: {"text": word})
 
     def _refusal(self, request: Request) -> JSONResponse | None:
         wanted = f"Bearer {self.required_key}"
         if self.required_key and request.headers.get("authorization") != wanted:
+            self.num_refusals += 1
             return error(401, "This server needs an API key.", "invalid_api_key")
         return None
 
-    def _stream(self, words, text, choice) -> StreamingResponse:
+    def _stream(self, model, words, text, choice) -> StreamingResponse:
         async def events() -> AsyncIterator[str]:
             self.num_running += 1
             self.max_running = max(self.max_running, self.num_running)
@@ -104,7 +112,13 @@ class FakeApi:
                         return
                     spaced = word if text == "slow" or i == 0 else " " + word
                     yield sse({"choices": [{"index": 0, **choice(spaced), "finish_reason": None}]})
-                    await asyncio.sleep(0.01)
+                    if text == "cut":
+                        return
+                    if text == "garbage":
+                        yield "data: {not json\n\n"
+                    if text == "burst" and i == 1999:
+                        break
+                    await asyncio.sleep(0 if text == "burst" else 0.01)
                 yield sse({"choices": [{"index": 0, **choice(""), "finish_reason": "stop"}]})
                 yield sse(
                     {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": len(words)}}
@@ -115,7 +129,8 @@ class FakeApi:
                 self.num_running -= 1
                 self.num_disconnects += not is_finished
 
-        return StreamingResponse(events(), media_type="text/event-stream")
+        headers = {"X-Herd-Adapter-Generation": "4"} if model in ADAPTERS else {}
+        return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
 
 
 def sse(event: dict[str, Any]) -> str:
