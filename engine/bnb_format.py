@@ -1,5 +1,4 @@
-"""bitsandbytes' 4-bit weights inside a checkpoint: reading, checking and writing one quantised
-weight.
+"""bitsandbytes' 4-bit weights inside a checkpoint: one weight read, checked or written.
 
 A weight W of path P is stored as P.weight (packed codes, uint8 or viewed as another type) and,
 below that name, absmax, quant_map and quant_state.bitsandbytes__nf4 (or __fp4: UTF-8 JSON in
@@ -19,8 +18,10 @@ import torch
 
 from engine.checkpoint import Checkpoint
 from engine.json_fields import Fields
+from engine.memory import quantized_bytes
 from engine.model_config import DTYPES
-from kernels.nf4 import DYNAMIC_MAP, GROUP_SIZES, NESTED_BLOCK, QuantizedWeight, QuantType, codebook
+from kernels.codebooks import DYNAMIC_MAP, QuantType, codebook
+from kernels.nf4 import GROUP_SIZES, NESTED_BLOCK, QuantizedWeight
 
 PART_NAMES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 STATE_PREFIX = "bitsandbytes__"
@@ -38,6 +39,15 @@ class StoredWeight:
     quant_type: QuantType
     group_size: int
     nested_offset: float | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it will take."""
+        return quantized_bytes(
+            math.prod(self.shape),
+            double_quant=self.nested_offset is not None,
+            group_size=self.group_size,
+        )
 
     def read(self, checkpoint: Checkpoint) -> QuantizedWeight:
         """Bring it into memory, still packed."""
@@ -72,9 +82,7 @@ def part_of(name: str) -> tuple[str, str] | None:
 
 
 def group_parts(names: Mapping[str, object]) -> dict[str, dict[str, list[str]]]:
-    """Quantised weights by name: part -> tensor names (more than one is for inspect_weight to
-    refuse).
-    """
+    """Quantised weights by name: part -> tensor names, of which there should be one."""
     groups: dict[str, dict[str, list[str]]] = {}
     for name in names:
         found = part_of(name)
@@ -104,21 +112,13 @@ def inspect_weight(
         file = checkpoint.tensors[other].file.name
         return [f"{file}: tensor {name} is missing, though {other} is there"]
     info = checkpoint.tensors[name]
-    repeated = [part for part, found in parts.items() if len(found) > 1]
-    states = parts.get("quant_state", [])
-    if repeated or len(states) != 1:
-        found = (
-            ", ".join(
-                sorted(n for part in (repeated or ["quant_state"]) for n in parts.get(part, []))
-            )
-            or "none"
-        )
-        return [
-            f"{info.file.name}: tensor {name}: expected exactly one "
-            f"{'/'.join(repeated) or 'quant_state'}, found {found}"
-        ]
+    for part in ("quant_state", *PART_NAMES):
+        found = sorted(parts.get(part, []))
+        if len(found) > 1 or (part == "quant_state" and not found):
+            shown = ", ".join(found) or "none"
+            return [f"{info.file.name}: tensor {name}: expected exactly one {part}, found {shown}"]
     first = {part: found[0] for part, found in parts.items()}
-    state_name = states[0]
+    state_name = first["quant_state"]
     state = _read_state(checkpoint, state_name)
     if isinstance(state, str):
         return [state]
@@ -128,13 +128,13 @@ def inspect_weight(
     if quant_type not in ("nf4", "fp4") or not state_name.endswith(STATE_PREFIX + str(quant_type)):
         fields.problem("quant_type", "nf4 or fp4, as in the tensor's name")
     group_size: Any = state.get("blocksize")
-    if group_size not in GROUP_SIZES:
+    if type(group_size) is not int or group_size not in GROUP_SIZES:
         fields.problem("blocksize", f"one of {', '.join(map(str, GROUP_SIZES))}")
-    if state.get("dtype") not in DTYPES:
+    if str(state.get("dtype")) not in DTYPES:
         fields.problem("dtype", f"one of {', '.join(DTYPES)}")
-    if tuple(state.get("shape") or ()) != tuple(shape):
+    if state.get("shape") != list(shape):
         fields.problem("shape", f"{list(shape)} as config.json implies")
-    is_nested = "nested_absmax" in first
+    is_nested = "nested_absmax" in first or "nested_offset" in state
     offset = None
     if is_nested:
         offset = fields.number("nested_offset")
@@ -221,10 +221,8 @@ def _check_maps(
         # Tables computed by other versions differ in the last bit.
         if not torch.allclose(found, expected.cpu(), rtol=1e-5, atol=1e-8):
             info = checkpoint.tensors[parts[part]]
-            problems.append(
-                f"{info.file.name}: tensor {parts[part]}: expected the standard {quant_type} table, "
-                f"found another"
-            )
+            where = f"{info.file.name}: tensor {parts[part]}"
+            problems.append(f"{where}: expected the standard table of {quant_type}, found another")
     return problems
 
 

@@ -39,9 +39,8 @@ class Checkpoint:
             absent = [name for name in names if name not in infos]
             if absent:
                 raise CheckpointError(
-                    f"{file}: tensor {absent[0]} is missing, though {INDEX_NAME} says it is in "
-                    f"this file"
-                    f"{_and_more(len(absent) - 1)}. Download the folder again."
+                    f"{file}: tensor {absent[0]}{_and_more(len(absent) - 1)} is missing, though "
+                    f"{INDEX_NAME} says it is in this file. Download the folder again."
                 )
             self.tensors.update({name: infos[name] for name in names})
 
@@ -123,17 +122,14 @@ def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     if pickles:
         raise CheckpointError(
-            f"{folder}: found only pickled weights "
-            f"({', '.join(pickles[:3])}{_and_more(len(pickles) - 3)}), which may "
-            f"run code when they are opened and are never read here. Convert them where you trust "
-            f"them: "
-            f"AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) writes "
-            f"safetensors."
+            f"{folder}: found only pickled weights ({', '.join(pickles[:3])}"
+            f"{_and_more(len(pickles) - 3)}). A pickle may run any code when it is opened and is "
+            f"never read here. If you trust it, convert it with transformers: "
+            f"AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
         )
     raise CheckpointError(
-        f"{folder}: found neither {SINGLE_NAME} nor {INDEX_NAME}. A model folder in Hugging Face "
-        f"format has one of "
-        f"them; check the path or download the weights."
+        f"{folder}: found neither {SINGLE_NAME} nor {INDEX_NAME}, one of which a model folder in "
+        f"Hugging Face format has. Check the path or download the weights."
     )
 
 
@@ -158,8 +154,7 @@ def _indexed_files(folder: Path) -> dict[Path, list[str] | None]:
     if missing:
         raise CheckpointError(
             f"{folder}: {len(missing)} of {len(files)} weight files are missing: "
-            f"{', '.join(missing[:5])}"
-            f"{_and_more(len(missing) - 5)}. Download them into the folder."
+            f"{', '.join(missing[:5])}{_and_more(len(missing) - 5)}. Download them into the folder."
         )
     return files
 

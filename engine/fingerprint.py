@@ -1,10 +1,8 @@
-"""A short hash of a base model's weights, so that an adapter trained on another base can be
-refused.
+"""A short hash of a base's weights, so that an adapter trained on another base can be refused.
 
 Cheap: scales in full, codes and dense tensors by samples from beginning, middle and end. Stable:
-taken of the tensors
-as stored, so it depends neither on --dtype nor on the device, and a 16-bit folder that we quantise
-has the fingerprint of its saved 4-bit copy.
+taken of the tensors as stored, so it depends neither on --dtype nor on the device, and a 16-bit
+folder quantised at start has the fingerprint of its saved 4-bit copy.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Typed reading of a JSON file's fields: every problem is collected, then raised in one error that
-names the file.
-"""
+"""Checked reading of a JSON file's fields: problems are collected and raised in one error."""
 
 from __future__ import annotations
 
@@ -43,9 +41,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 class Fields:
-    """A JSON object with checked access. A wrong field is recorded and a harmless value returned
-    in its place.
-    """
+    """A JSON object. A wrong field is recorded and a harmless value returned in its place."""
 
     def __init__(
         self,
@@ -86,9 +82,7 @@ class Fields:
     def integer(
         self, name: str, *, default: Any = _REQUIRED, minimum: int = 1, maximum: int = 1 << 31
     ) -> Any:
-        """A whole number within limits; required when there is no default. Any: int, or the
-        default.
-        """
+        """A whole number within limits, or the default; required when there is none."""
         value = self.get(name)
         if value is None and default is not _REQUIRED:
             return default
@@ -101,7 +95,7 @@ class Fields:
         return value
 
     def number(self, name: str, *, default: Any = _REQUIRED, above: float | None = None) -> Any:
-        """A finite number, above a limit where one is given; required when there is no default."""
+        """A finite number above a limit, or the default; required when there is none."""
         value = self.get(name)
         if value is None and default is not _REQUIRED:
             return default
@@ -137,9 +131,7 @@ class Fields:
         return tuple(dict.fromkeys(ids))
 
     def raise_problems(self) -> None:
-        """Raises CheckpointError naming every problem recorded so far, here and in nested
-        objects.
-        """
+        """Raises CheckpointError with every problem so far, those of nested objects too."""
         if self._problems:
             problems = "\n  ".join(self._problems)
             raise CheckpointError(

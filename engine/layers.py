@@ -1,5 +1,4 @@
-"""The decoder layer's parts: fused linear projections over 4-bit or dense slices, and the layer
-itself.
+"""The decoder layer and its projections, which are fused over 4-bit or dense slices.
 
 Plain Python objects, not nn.Modules: they hold no trainable parameter, and a decode step at batch
 1 feels each microsecond of call overhead. Tensors are used under torch.inference_mode, which the
@@ -60,9 +59,7 @@ class FusedLinear:
     def set_weight(
         self, part: LinearSlice, weight: QuantizedWeight | torch.Tensor, device: torch.device
     ) -> None:
-        """Take one slice's weight; a dense one is copied into the stack, 4-bit tensors are kept as
-        they are.
-        """
+        """Take one slice's weight: dense ones are copied into the stack, 4-bit ones kept."""
         if isinstance(weight, QuantizedWeight):
             part.weight = weight.to(device)
             return
@@ -105,9 +102,7 @@ class FusedLinear:
             self.bias = torch.cat(present) if present else None
 
     def __call__(self, x: torch.Tensor, lora: LoraBatch | None) -> torch.Tensor:
-        """x [num_tokens, in_features] -> [num_tokens, sum of out_features], adapters' updates
-        included.
-        """
+        """x [num_tokens, in_features] -> [num_tokens, sum of out_features], adapters included."""
         if self._is_mixed:
             y = torch.cat([_run_slice(x, part) for part in self.slices], dim=-1)
         elif self.weight is not None:
@@ -160,17 +155,17 @@ class DecoderLayer:
         kv_cache: tuple[torch.Tensor, torch.Tensor],
         lora: LoraBatch | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden, residual [num_tokens, hidden_size] -> the same pair; their sum is the layer's
-        output.
+        """Run the layer: hidden and residual in and out, [num_tokens, hidden_size] each.
 
-        The sum is left to the next norm, which reads it anyway. The first layer gets no residual.
+        Their sum is the layer's output; it is left to the next norm, which reads it anyway. The
+        first layer gets no residual.
         """
         if residual is None:
             residual, x = hidden, rms_norm(hidden, self.input_layernorm, self._eps)
         else:
             x, residual = add_rms_norm(hidden, residual, self.input_layernorm, self._eps)
         qkv = self.qkv_proj(x, lora)  # [num_tokens, q_size + 2 kv_size]
-        q, k, v = qkv.split((self._q_size, self._kv_size, self._kv_size), dim=-1)
+        q, k, v = qkv.split_with_sizes((self._q_size, self._kv_size, self._kv_size), -1)
         num_tokens = qkv.shape[0]
         q = q.view(num_tokens, -1, self._head_dim)  # [num_tokens, num_heads, head_dim]
         k = k.view(num_tokens, -1, self._head_dim)  # [num_tokens, num_kv_heads, head_dim]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,9 +17,7 @@ PROC_ROOT = Path("/proc")
 
 
 def quantized_bytes(numel: int, *, double_quant: bool = True, group_size: int = 64) -> int:
-    """Bytes of a 4-bit weight: codes and scales; 4.127 bits per element with double
-    quantisation.
-    """
+    """Bytes of a 4-bit weight, codes and scales: 4.127 bits per element if double-quantised."""
     num_groups = -(-numel // group_size)
     scales = num_groups + 4 * -(-num_groups // NESTED_BLOCK) + 4 if double_quant else 4 * num_groups
     return -(-numel // 2) + scales
@@ -29,7 +28,7 @@ def estimate_weights_bytes(
     quantization: str,
     dtype: torch.dtype,
     *,
-    stored: Mapping[str, int] | None = None,
+    quantized: Mapping[str, int] | None = None,
 ) -> int:
     """Bytes that the weights will take on the device.
 
@@ -37,26 +36,22 @@ def estimate_weights_bytes(
         spec: the model.
         quantization: nf4 or fp4: linear layers but the head in 4 bits; none: all dense.
         dtype: of everything that is not 4-bit.
-        stored: bytes of single tensors where they are known better, by tensor name (a 4-bit
-            checkpoint's own).
+        quantized: bytes of a 4-bit checkpoint's 4-bit weights by name, instead of those which
+            quantising would make.
     """
-    total = 0
-    quantizable = spec.quantizable_weights() if quantization != "none" else frozenset()
-    for name, shape in spec.tensor_shapes().items():
-        numel = shape[0] * (shape[1] if len(shape) == 2 else 1)
-        if stored is not None and name in stored:
-            total += stored[name]
-        elif name in quantizable:
-            total += quantized_bytes(numel)
-        else:
-            total += numel * dtype.itemsize
-    return total
+    shapes = spec.tensor_shapes()
+    if quantization == "none":
+        quantized = {}
+    elif quantized is None:
+        names = spec.quantizable_weights()
+        quantized = {name: quantized_bytes(math.prod(shapes[name])) for name in names}
+    return sum(
+        quantized.get(name, math.prod(shape) * dtype.itemsize) for name, shape in shapes.items()
+    )
 
 
 def available_host_bytes() -> int | None:
-    """Memory that can be taken without swapping, within the limits of every control group; None
-    where unknown.
-    """
+    """What can be taken without swapping, within all control groups; None where unknown."""
     limits = [_meminfo_available(), *_cgroup_available()]
     known = [limit for limit in limits if limit is not None]
     return max(0, min(known)) if known else None
@@ -81,8 +76,7 @@ def check_memory(
     if available_bytes is not None and needed_bytes > available_bytes:
         raise NotEnoughMemory(
             f"{what} needs {format_bytes(needed_bytes)} of {where}, but only "
-            f"{format_bytes(available_bytes)} "
-            f"is available. {remedy}"
+            f"{format_bytes(available_bytes)} is available. {remedy}"
         )
 
 
@@ -105,9 +99,7 @@ def _meminfo_available() -> int | None:
 
 
 def _cgroup_available() -> list[int]:
-    """What is left under each memory limit that applies to this process; page cache counts as
-    free.
-    """
+    """What is left under each limit that applies to this process; page cache counts as free."""
     found = []
     for line in (_read(PROC_ROOT / "self" / "cgroup") or "").splitlines():
         _, controllers, path = line.split(":", 2)

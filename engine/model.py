@@ -1,5 +1,4 @@
-"""The decoder-only model: embedding, layers, final norm, head. One flat batch of tokens in, hidden
-states out.
+"""The decoder-only model: a flat batch of tokens in, hidden states out; a head for logits.
 
 Weights come in by parameter name (engine/weights.py); what is 4-bit and what is dense is decided
 there, tensor by tensor. Adapters act through LoraBatch; without one nothing is spent on them.
@@ -23,9 +22,7 @@ if TYPE_CHECKING:
 
 
 class CausalLM:
-    """A model on one device. Built empty; filled by set_tensor for each of tensor_shapes, then
-    finish().
-    """
+    """A model on one device. Built empty, filled by set_tensor, ready after finish()."""
 
     def __init__(self, spec: ModelSpec, *, device: torch.device, dtype: torch.dtype) -> None:
         self.spec = spec
@@ -82,8 +79,14 @@ class CausalLM:
         return hidden
 
     def logits(self, hidden: torch.Tensor, lora: LoraBatch | None = None) -> torch.Tensor:
-        """Head over chosen tokens: hidden [n, hidden_size], lora narrowed to them -> float32 [n,
-        vocab_size].
+        """The head over chosen tokens.
+
+        Args:
+            hidden: [n, hidden_size].
+            lora: the adapters of these n tokens, or None.
+
+        Returns:
+            float32 [n, vocab_size].
         """
         return self.lm_head(hidden, lora).float()
 

@@ -1,5 +1,4 @@
-"""What a model is: architecture, sizes and flags, read from the config.json of a Hugging Face
-folder.
+"""What a model is: architecture, sizes and flags, read from a Hugging Face folder's config.json.
 
 Four architectures differ only in flags here: Llama 1/2/3, Mistral, Qwen2, Qwen3. Neither remote
 code nor a model hub is involved. Both spellings are read: rope_theta + rope_scaling + torch_dtype
@@ -33,9 +32,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """Sizes and flags of one decoder-only model. Every number has been checked against the
-    others.
-    """
+    """Sizes and flags of one decoder-only model, checked against each other."""
 
     architecture: str
     vocab_size: int
@@ -61,9 +58,7 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     dtype: torch.dtype
-    """The checkpoint's 16- or 32-bit type; float32 when config.json names none. A loaded model's
-    spec has its own.
-    """
+    """The checkpoint's, float32 when config.json names none; in a loaded model what it runs in."""
 
     @classmethod
     def from_folder(cls, path: str | Path) -> ModelSpec:
@@ -112,15 +107,11 @@ class ModelSpec:
         }
 
     def quantizable_weights(self) -> frozenset[str]:
-        """Tensor names of the weights that are 4-bit in a quantised model: linear layers but the
-        head.
-        """
+        """Names of the tensors that quantising makes 4-bit: all linear weights but the head."""
         return frozenset(f"{path}.weight" for path in self.linear_shapes() if path != "lm_head")
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor the model needs, by its name in a checkpoint; a tied head is not among
-        them.
-        """
+        """Every tensor of the model, by its name in a checkpoint; a tied head is not among them."""
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": self.embedding_shape}
         for path, shape in self.linear_shapes().items():
             if path != "lm_head" or not self.tie_word_embeddings:
@@ -148,9 +139,7 @@ class ModelSpec:
 
 
 def declared_dtype(config: dict[str, Any]) -> torch.dtype | None:
-    """The type that config.json names, in either spelling; None when it names none or an unknown
-    one.
-    """
+    """The type that config.json names, in either spelling; None when it names none we know."""
     return DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."))
 
 
@@ -170,8 +159,7 @@ def _architecture(path: Path, config: dict[str, Any]) -> str:
     shown = f"{shown or 'none'} (model_type {config.get('model_type')})"
     raise CheckpointError(
         f"{path}: architectures: found {shown}; supported are "
-        f"{', '.join(SUPPORTED_ARCHITECTURES)}. "
-        f"Choose a base model of a supported architecture."
+        f"{', '.join(SUPPORTED_ARCHITECTURES)}. Choose a base model of one of these."
     )
 
 
@@ -181,15 +169,18 @@ def _read_spec(config: Fields, architecture: str, generation: dict[str, Any]) ->
     hidden_size = config.integer("hidden_size")
     num_layers = config.integer("num_hidden_layers", maximum=MAX_LAYERS)
     num_heads = config.integer("num_attention_heads")
-    # Absent fields mean what transformers' config class of the architecture takes.
+    # An absent field means the default of transformers' config class; null means as many as heads.
+    absent_kv_heads = {"LlamaForCausalLM": num_heads, "MistralForCausalLM": 8}.get(architecture, 32)
     num_kv_heads = config.integer(
-        "num_key_value_heads", default=8 if architecture == "MistralForCausalLM" else num_heads
+        "num_key_value_heads",
+        default=num_heads if "num_key_value_heads" in config else absent_kv_heads,
     )
     head_dim = config.integer(
         "head_dim", default=128 if is_qwen3 else max(1, hidden_size // num_heads)
     )
+    absent_positions = {"LlamaForCausalLM": 2048, "MistralForCausalLM": 131072}
     max_position_embeddings = config.integer(
-        "max_position_embeddings", default=2048 if is_llama else 32768
+        "max_position_embeddings", default=absent_positions.get(architecture, 32768)
     )
     if config.get("head_dim") is None and not is_qwen3 and hidden_size % num_heads:
         config.problem(
@@ -212,9 +203,8 @@ def _read_spec(config: Fields, architecture: str, generation: dict[str, Any]) ->
     eos_source = Fields(config.path.with_name("generation_config.json"), generation)
     eos_token_ids = eos_source.token_ids("eos_token_id") or config.token_ids("eos_token_id")
     bos_token_ids = config.token_ids("bos_token_id") or eos_source.token_ids("bos_token_id")
-    attention_bias = (
-        False if not (is_llama or is_qwen3) else config.boolean("attention_bias", default=False)
-    )
+    has_bias_field = is_llama or is_qwen3
+    attention_bias = has_bias_field and config.boolean("attention_bias", default=False)
     spec = ModelSpec(
         architecture=architecture,
         vocab_size=config.integer("vocab_size"),
@@ -243,8 +233,8 @@ def _read_spec(config: Fields, architecture: str, generation: dict[str, Any]) ->
 
 
 def _sliding_windows(config: Fields, architecture: str, num_layers: int) -> tuple[int | None, ...]:
-    """Each layer's window. Mistral: all or none; Qwen: where layer_types or max_window_layers says
-    so; Llama: none.
+    """Each layer's window. Llama: none; Mistral: all or none; Qwen: as layer_types or
+    max_window_layers says.
     """
     if architecture == "LlamaForCausalLM":
         return (None,) * num_layers

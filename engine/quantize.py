@@ -23,7 +23,8 @@ from engine.model_config import ModelSpec, declared_dtype
 from engine.quantized_folder import QuantizedFolder, QuantSettings
 from engine.shard_writer import MAX_SHARD_BYTES
 from engine.tensor_plan import EMBEDDING, TensorPlan, plan_tensors
-from kernels.nf4 import QuantizedWeight, QuantType, quantize_4bit
+from kernels.codebooks import QuantType
+from kernels.nf4 import QuantizedWeight, quantize_4bit
 
 Progress = Callable[[str, int, int], None]
 """(stage, bytes done, bytes in total)."""

@@ -47,10 +47,13 @@ def open_cached(
     """The copy, checked; None when there is none or a damaged one, which is removed."""
     if not folder.is_dir():
         return None
+    checkpoint = None
     try:
         checkpoint = Checkpoint(folder)
         plan = plan_tensors(checkpoint, spec)
     except CheckpointError as error:
+        if checkpoint is not None:
+            checkpoint.close()
         notes.append(f"The cached 4-bit copy was damaged and is made anew: {error}")
         shutil.rmtree(folder, ignore_errors=True)
         return None
@@ -59,9 +62,7 @@ def open_cached(
 
 
 class CacheWriter:
-    """Writes a copy beside the loading. After the first failure it does nothing more and says so
-    in the notes.
-    """
+    """Writes a copy beside the loading. A failure ends it and becomes a note."""
 
     def __init__(
         self,
@@ -115,8 +116,7 @@ class CacheWriter:
         self.close()
         self._notes.append(
             f"The 4-bit copy could not be kept in {self._folder} ({error}); every start will "
-            f"quantise again. "
-            f"--quantized-cache-dir chooses another place."
+            f"quantise again. --quantized-cache-dir chooses another place."
         )
 
 

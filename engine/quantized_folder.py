@@ -15,7 +15,8 @@ from engine.json_fields import read_json_object
 from engine.memory import format_bytes
 from engine.model_config import declared_dtype
 from engine.shard_writer import MAX_SHARD_BYTES, ShardWriter
-from kernels.nf4 import QuantizedWeight, QuantType
+from kernels.codebooks import QuantType
+from kernels.nf4 import QuantizedWeight
 
 COPIED_SUFFIXES = (".json", ".jsonl", ".jinja", ".model", ".tiktoken", ".txt")
 """What belongs to a model folder besides weights: tokenizer, chat template, generation settings."""

@@ -34,9 +34,7 @@ class RopeSpec:
     original_max_position_embeddings: int = 8192
 
     def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
-        """Radians per position, float32 [head_dim / 2]; the angle of pair i at position p is p
-        times element i.
-        """
+        """Radians per position, float32 [head_dim / 2]: pair i turns by element i at each step."""
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         inv_freq = 1.0 / (self.theta**exponents)
         if self.kind == "linear":
@@ -46,9 +44,7 @@ class RopeSpec:
         return inv_freq
 
     def _llama3(self, inv_freq: torch.Tensor) -> torch.Tensor:
-        """Divide what turns less than low_freq_factor times in the original context, keep what
-        turns often.
-        """
+        """Slow what turns less than low_freq_factor times in the original context."""
         wavelength = 2 * math.pi / inv_freq
         turns = self.original_max_position_embeddings / wavelength
         smooth = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
@@ -91,7 +87,7 @@ def read_rope(config: Fields, max_position_embeddings: int) -> RopeSpec:
         factor=scaling.number("factor", above=0.0),
         low_freq_factor=low,
         high_freq_factor=high,
-        # Above all it is taken from beside the rope's own object, as in transformers.
+        # Where it also stands beside the rope's object, that one counts, as in transformers.
         original_max_position_embeddings=config.integer(
             "original_max_position_embeddings", default=original
         ),

@@ -31,17 +31,11 @@ class TensorPlan:
     spec: ModelSpec
     """As given, but for a head that turned out not to be tied."""
     sources: dict[str, str | StoredWeight]
-    """By the model's tensor name: the dense tensor's name in the checkpoint, or a checked 4-bit
-    weight.
-    """
+    """By the model's tensor name: a dense tensor's name in the checkpoint, or a 4-bit weight."""
 
     @property
     def quantized(self) -> dict[str, StoredWeight]:
-        return {
-            name: source
-            for name, source in self.sources.items()
-            if isinstance(source, StoredWeight)
-        }
+        return {name: w for name, w in self.sources.items() if isinstance(w, StoredWeight)}
 
     def stored_bytes(self, checkpoint: Checkpoint, name: str) -> int:
         """Bytes on disk of one tensor, without its quant state."""
@@ -57,11 +51,8 @@ def plan_tensors(checkpoint: Checkpoint, spec: ModelSpec) -> TensorPlan:
         CheckpointError: tensors are missing, unexpected or misshaped, or a quant state is broken;
             all are listed.
     """
-    names = {
-        _canonical(name, prefix): name
-        for prefix in [_prefix(checkpoint)]
-        for name in checkpoint.tensors
-    }
+    prefix = _prefix(checkpoint)
+    names = {_canonical(name, prefix): name for name in checkpoint.tensors}
     spec = _resolve_tied_head(checkpoint, spec, names)
     groups = group_parts(names)
     shapes = spec.tensor_shapes()
@@ -128,13 +119,13 @@ def _dense_problem(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) ->
     info = checkpoint.tensors[name]
     if info.shape == shape and info.dtype in DENSE_CODES:
         return None
-    expected = (
-        f"{info.file.name}: tensor {name}: expected {list(shape)} of {', '.join(DENSE_CODES)}"
-    )
     hint = ""
     if info.dtype in ("U8", "I8"):
         hint = " (packed codes without a quant_state tensor, or a format that is not supported)"
-    return f"{expected}, found {list(info.shape)} of {info.dtype}{hint}"
+    return (
+        f"{info.file.name}: tensor {name}: expected {list(shape)} of {', '.join(DENSE_CODES)}, "
+        f"found {list(info.shape)} of {info.dtype}{hint}"
+    )
 
 
 def _raise(checkpoint: Checkpoint, spec: ModelSpec, problems: list[str]) -> None:
@@ -144,7 +135,6 @@ def _raise(checkpoint: Checkpoint, spec: ModelSpec, problems: list[str]) -> None
     listing = "\n  ".join(shown)
     raise CheckpointError(
         f"{checkpoint.folder}: the weights do not fit the {spec.architecture} that config.json "
-        f"describes:\n"
-        f"  {listing}\nDownload config.json and the weight files again, from one and the same "
-        f"revision."
+        f"describes:\n  {listing}\n"
+        f"Download config.json and the weight files again, all from the same revision."
     )

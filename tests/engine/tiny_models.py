@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from engine.bnb_format import StoredWeight
 from engine.checkpoint import Checkpoint
@@ -16,6 +17,8 @@ from engine.model_config import ModelSpec
 from engine.tensor_plan import plan_tensors
 from engine.weights import LoadedModel, load_model
 
+FILE = "model.safetensors"
+WEIGHT = "model.layers.0.mlp.up_proj.weight"
 SIZES = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -94,6 +97,36 @@ def load(folder: Path, tmp_path: Path | None = None, **flags: object) -> LoadedM
     """
     flags.setdefault("quantized_cache_dir", str((tmp_path or folder.parent) / "cache"))
     return load_model(ModelConfig(base="x", **flags), folder, "cpu")  # type: ignore[arg-type]
+
+
+def rewrite(folder: Path, change) -> None:
+    """Replace a folder's tensors by change(tensors); None keeps those it has changed in place."""
+    tensors = load_file(folder / FILE)
+    save_file(change(tensors) or tensors, folder / FILE)
+
+
+def save_with_bitsandbytes(
+    folder: Path, name: str, dtype=torch.bfloat16, *, max_shard_size="5GB", **options
+):
+    """A 4-bit checkpoint written by transformers and bitsandbytes themselves."""
+    source = folder.with_name(folder.name + "-16bit")
+    save_model(source, name, dtype)
+    settings = transformers.BitsAndBytesConfig(load_in_4bit=True, **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        source, quantization_config=settings, dtype=dtype
+    )
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return source
+
+
+def assert_equals_oracle(model, oracle, dtype=torch.bfloat16):
+    """Within twice the rounding noise that transformers' own run in that type has."""
+    prompts = random_prompts()
+    theirs = oracle_logits(oracle.to(dtype), prompts)
+    exact = oracle_logits(oracle.float(), prompts)
+    for actual, other, reference in zip(run_prompts(model, prompts), theirs, exact, strict=True):
+        noise = (other - reference).abs().max().item()
+        assert (actual - reference).abs().max().item() <= max(2 * noise, 1e-4)
 
 
 def run_prompts(
