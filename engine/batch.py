@@ -1,7 +1,7 @@
-"""From a schedule to tensors: a pure function. Names, shapes and dtypes are the field's (docs/structure.md).
+"""From a schedule to tensors: a pure function. Names, shapes and dtypes are the field's.
 
-Built in numpy, because most arrays are a few dozen numbers and a step pays for each tensor operation. On CUDA they
-travel through pinned memory, without waiting.
+Built in numpy, because most arrays are a few dozen numbers and a step pays for each tensor
+operation. On CUDA they travel through pinned memory, without waiting.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ class Batch:
     input_ids: torch.Tensor  # int64 [num_tokens]
     positions: torch.Tensor  # int64 [num_tokens]
     cu_seqlens_q: torch.Tensor  # int32 [num_seqs + 1], prefix sums of new tokens
-    context_lens: torch.Tensor  # int32 [num_seqs], tokens visible to attention, this step's included
+    context_lens: (
+        torch.Tensor
+    )  # int32 [num_seqs], tokens visible to attention, this step's included
     block_tables: torch.Tensor  # int32 [num_seqs, max_num_blocks], padded with -1
     slot_mapping: torch.Tensor  # int64 [num_tokens], block_id * block_size + offset
     lora_indices: list[int]  # [num_tokens], pool row; -1 = base
     lora_scales: list[float]  # [num_tokens]
-    logit_rows: list[int]  # [num_rows], the last token of each sequence that has no more tokens to run
+    logit_rows: list[
+        int
+    ]  # [num_rows], the last token of each sequence that has no more tokens to run
     finishing: list[Sequence]  # [num_rows], the sequences of those rows
 
 

@@ -1,13 +1,14 @@
 """Who owns which block of the KV cache, and which full blocks can be shared.
 
-Every block is in exactly one of three states: used (one or more sequences hold it), cached (nobody holds it, but its
-content is known and may serve a later prompt; least recently used first out) or free. Sharing copies nothing: two
-sequences with an equal beginning hold the same block ids, and only full blocks are shared, so nobody ever writes into
-a block that another sequence can see.
+Every block is in exactly one of three states: used (one or more sequences hold it), cached (nobody
+holds it, but its content is known and may serve a later prompt; least recently used first out) or
+free. Sharing copies nothing: two sequences with an equal beginning hold the same block ids, and
+only full blocks are shared, so nobody ever writes into a block that another sequence can see.
 
-A block's name is a chained BLAKE2b hash: of the block before it and of its own token ids. The chain starts with what
-else the keys and values depend on: the adapter's uid and generation and the scale it is applied at. A cryptographic
-hash, because a collision would show one user another user's context.
+A block's name is a chained BLAKE2b hash: of the block before it and of its own token ids. The chain
+starts with what
+else the keys and values depend on: the adapter's uid and generation and the scale it is applied at.
+A cryptographic hash, because a collision would show one user another user's context.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class BlockManager:
         """Give a sequence all blocks its present tokens need, shared ones first.
 
         Args:
-            sequence: holds no blocks; its num_computed_tokens becomes the length of the shared beginning.
+            sequence: holds no blocks; its num_computed_tokens becomes the length of the shared
+                beginning.
             num_spare: blocks that must stay available for the sequences that already run.
 
         Returns:
@@ -82,7 +84,7 @@ class BlockManager:
         return True
 
     def extend(self, sequence: Sequence) -> bool:
-        """Make room for all of the sequence's tokens; False, with nothing changed, when no block is left."""
+        """Make room for all tokens of a sequence; False, with nothing changed, when it cannot."""
         num_missing = self.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
         if num_missing > self.num_available:
             return False
@@ -100,7 +102,8 @@ class BlockManager:
         self._extend_hashes(sequence, num_full)
         for index in range(sequence.num_committed_blocks, num_full):
             name = sequence.block_hashes[index]
-            # A twin computed in the same step keeps its own nameless block: correct, merely not shared.
+            # A twin computed in the same step keeps its own nameless block: correct, merely not
+            # shared.
             if name not in self._block_of_hash:
                 block = sequence.block_table[index]
                 self._block_of_hash[name] = block
@@ -125,17 +128,19 @@ class BlockManager:
             self._drop_name(block)
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
-        """Raise AssertionError unless the books agree with the block tables of all living sequences."""
+        """Raise AssertionError unless the books agree with the tables of all living sequences."""
         held = Counter(block for sequence in sequences for block in sequence.block_table)
         free, cached = set(self._free), set(self._cached)
         used = {block for block, count in enumerate(self._ref_counts) if count > 0}
         assert len(free) == len(self._free), "a block is free twice"
         assert len(free) + len(cached) + len(used) == self.num_blocks, (
-            f"{len(free)} free + {len(cached)} cached + {len(used)} used != {self.num_blocks} blocks"
+            f"{len(free)} free + {len(cached)} cached + {len(used)} used != {self.num_blocks}"
         )
         assert not free & cached and not free & used and not cached & used, "a block has two states"
         for block, count in enumerate(self._ref_counts):
-            assert count == held[block], f"block {block}: {count} references, held {held[block]} times"
+            assert count == held[block], (
+                f"block {block}: {count} references, held {held[block]} times"
+            )
         for name, block in self._block_of_hash.items():
             assert self._hash_of_block[block] == name, f"block {block} is known under another name"
         named = {block for block, name in enumerate(self._hash_of_block) if name is not None}

@@ -1,33 +1,29 @@
-"""The synchronous heart: requests in, steps, deltas out. No process, no thread, no clock but for statistics.
+"""The synchronous heart: requests in, steps, deltas out. It starts no process and no thread.
 
-Every accepted request ends in exactly one final delta: all ways out lead through `_finish`. A forward pass that
-raises is repeated sequence by sequence, so that only who is at fault ends with an error; a lost device is fatal and
-left to the worker.
+Every accepted request ends in exactly one final delta: all ways out lead through `_finish`. A
+forward pass that raises is repeated sequence by sequence, so that only who is at fault ends with an
+error; a lost device is fatal and left to the worker.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import torch
 
+from engine.adapter_commands import AdapterCommands
 from engine.api import (
-    AdapterRef,
-    AdapterReply,
     EngineStats,
     ErrorInfo,
     FinishReason,
     GenerateRequest,
-    LoadAdapter,
     RequestDelta,
     StepOutput,
     TokenLogprobs,
-    UnloadAdapter,
 )
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
@@ -49,8 +45,6 @@ if TYPE_CHECKING:
     from engine.sampler import SampledToken, Sampler
 
 logger = logging.getLogger(__name__)
-
-Items = list[tuple[Sequence, int]]
 
 
 class Engine:
@@ -77,6 +71,7 @@ class Engine:
         self.scheduler = Scheduler(
             config.scheduler, self.blocks, lora_pool, num_rows=config.lora.max_loras
         )
+        self.adapters = AdapterCommands(lora_pool, self.scheduler.pinned)
         self._runner = runner
         self._sampler = sampler
         self._compiler = compiler
@@ -86,16 +81,13 @@ class Engine:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
         self._compiling: dict[str, Future[Grammar]] = {}
-        self._num_users: Counter[AdapterRef] = Counter()
-        self._unloads: dict[AdapterRef, list[int]] = {}
         self._outbox: list[RequestDelta] = []
-        self._replies: list[AdapterReply] = []
         self._num_arrivals = 0
 
     # Requests.
 
     def add(self, request: GenerateRequest) -> None:
-        """Accept a request; one that cannot be served ends at once, with an error, in the next step's deltas.
+        """Accept a request; one that cannot be served ends with an error in the next deltas.
 
         Raises:
             ValueError: a request of that id is running; nothing is changed.
@@ -105,23 +97,23 @@ class Engine:
         try:
             self._check(request)
         except RequestError as error:
-            self._outbox.append(_error_delta(request.request_id, error))
+            self._outbox.append(
+                RequestDelta(
+                    request_id=request.request_id, finish_reason="error", error=error.info()
+                )
+            )
             return
         self._num_arrivals += 1
         sequence = Sequence.from_request(
             request, self._num_arrivals, eos_token_ids=self._eos_token_ids, max_len=self._max_len
         )
         self._sequences[sequence.request_id] = sequence
-        if request.adapter is not None:
-            self._num_users[request.adapter] += 1
+        self.adapters.begin_use(request.adapter)
         grammar = request.params.grammar
         if grammar is None or request.task == "score":
             self.scheduler.add(sequence)
-            return
-        try:
+        else:
             self._compiling[sequence.request_id] = self._compiler.submit(grammar)
-        except EngineError as error:
-            self._outbox.append(self._finish(sequence, "error", error=error))
 
     def cancel(self, request_id: str) -> None:
         """Free a request at once, whatever its state; unknown and ended ones are ignored."""
@@ -136,12 +128,10 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether step() has, or soon will have, anything to do or to say."""
-        return bool(
-            self._sequences or self._outbox or self._replies or self._unloads or self._pool.is_loading
-        )
+        return bool(self._sequences or self._outbox or self.adapters.has_work)
 
     def step(self) -> StepOutput:
-        """Run one step and tell what it added. With nothing to run it only delivers what is pending."""
+        """Run one step and tell what it added; with nothing to run, deliver what is pending."""
         started_s = time.perf_counter()
         self._pool.poll()
         self._poll_grammars()
@@ -160,48 +150,18 @@ class Engine:
             deltas=tuple(deltas), stats=self._stats(time.perf_counter() - started_s, num_tokens)
         )
 
-    # Adapters.
-
-    def load_adapter(self, command: LoadAdapter) -> None:
-        """Start loading an adapter; answered among take_replies when it is ready or has failed."""
-
-        def done(*, error: ErrorInfo | None, load_s: float, num_bytes: int) -> None:
-            if error is not None:
-                self.scheduler.pinned.discard(command.ref)
-            self._replies.append(
-                AdapterReply(
-                    command_id=command.command_id, error=error, load_s=load_s, num_bytes=num_bytes
-                )
-            )
-
-        if command.pinned:
-            self.scheduler.pinned.add(command.ref)
-        else:
-            self.scheduler.pinned.discard(command.ref)
-        self._pool.preload(command.ref, pinned=command.pinned, done=done)
-
-    def unload_adapter(self, command: UnloadAdapter) -> None:
-        """Forget an adapter once no request uses it; answered among take_replies when that has happened."""
-        self._unloads.setdefault(command.ref, []).append(command.command_id)
-        self._forget_unused(command.ref)
-
-    def take_replies(self) -> list[AdapterReply]:
-        """Answers to load_adapter and unload_adapter that have become due."""
-        replies, self._replies = self._replies, []
-        return replies
-
     # Health.
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless all books agree; for tests and idle moments."""
         self.scheduler.check_integrity()
         self._pool.check_integrity()
-        known = {id(sequence) for sequence in self._sequences.values()}
+        sequences = self._sequences.values()
         compiling = {id(self._sequences[request_id]) for request_id in self._compiling}
         queued = set(map(id, self.scheduler.waiting)) | set(map(id, self.scheduler.running))
-        assert known == compiling | queued and not compiling & queued, "a sequence is lost"
-        users = Counter(s.adapter for s in self._sequences.values() if s.adapter is not None)
-        assert users == self._num_users, f"{users} use adapters, {self._num_users} were counted"
+        assert set(map(id, sequences)) == compiling | queued, "a sequence is lost"
+        assert not compiling & queued, "a sequence runs without its grammar"
+        self.adapters.check_integrity([s.adapter for s in sequences if s.adapter is not None])
 
     def close(self) -> None:
         """Stop the threads that load adapters and compile grammars."""
@@ -211,8 +171,8 @@ class Engine:
     # One step.
 
     @torch.inference_mode()
-    def _run(self, items: Items, deltas: list[RequestDelta]) -> None:
-        """Run and sample; on an error find out whose it is by running each sequence alone."""
+    def _run(self, items: list[tuple[Sequence, int]], deltas: list[RequestDelta]) -> None:
+        """Run and sample; after an error find out whose it is by running each sequence alone."""
         try:
             result = self._runner.run(items)
             tokens = self._sampler.sample(result.logits, result.sampled) if result.sampled else []
@@ -255,12 +215,16 @@ class Engine:
                 reason = "stop"  # the sampler has moved the grammar on
             elif num_output_tokens >= sequence.max_tokens:
                 reason = "length"
+        token_ids = (token.token_id,)
         logprobs = (token.logprobs,) if token.logprobs is not None else None
         if reason is None:
-            return self._delta(sequence, (token.token_id,), logprobs)
-        stop_token_id = token.token_id if is_stop else None
+            return self._delta(sequence, token_ids, logprobs)
         return self._finish(
-            sequence, reason, token_ids=(token.token_id,), logprobs=logprobs, stop_token_id=stop_token_id
+            sequence,
+            reason,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            stop_token_id=token.token_id if is_stop else None,
         )
 
     def _finish_failed(self, sequence: Sequence, error: EngineError) -> RequestDelta:
@@ -280,19 +244,14 @@ class Engine:
         error: EngineError | None = None,
         is_queued: bool = True,
     ) -> RequestDelta:
-        """The only way out: forget the sequence, free what it holds, and return its final delta."""
+        """The only way out: forget the sequence, free what it holds, return its final delta."""
         del self._sequences[sequence.request_id]
         future = self._compiling.pop(sequence.request_id, None)
         if future is not None:
             future.cancel()
         elif is_queued:
             self.scheduler.remove(sequence)
-        ref = sequence.adapter
-        if ref is not None:
-            self._num_users[ref] -= 1
-            if not self._num_users[ref]:
-                del self._num_users[ref]
-                self._forget_unused(ref)
+        self.adapters.end_use(sequence.adapter)
         return self._delta(
             sequence,
             token_ids,
@@ -314,13 +273,14 @@ class Engine:
         score: float | None = None,
         error: ErrorInfo | None = None,
     ) -> RequestDelta:
+        """A delta; the first of a sequence also tells how it got here."""
         prompt_logprobs = None
         num_cached_tokens, queued_s = 0, 0.0
         if not sequence.has_sent_delta:
             first_s = sequence.first_scheduled_s
             queued_s = (time.perf_counter() if first_s is None else first_s) - sequence.arrival_s
             num_cached_tokens = sequence.num_cached_tokens
-            if sequence.wants_prompt_logprobs and error is None:
+            if sequence.wants_prompt_logprobs and finish_reason not in ("error", "cancelled"):
                 prompt_logprobs = tuple(sequence.prompt_logprobs)
             sequence.has_sent_delta = True
         return RequestDelta(
@@ -356,29 +316,21 @@ class Engine:
             raise RequestError("The base model has no score head; name a reward adapter.", "model")
 
     def _poll_grammars(self) -> None:
-        """Queue the sequences whose grammar has been compiled; end those whose grammar is wrong."""
+        """Queue the sequences whose grammar is compiled; end those whose grammar is wrong."""
         ready = [request_id for request_id, future in self._compiling.items() if future.done()]
         for request_id in ready:
             sequence = self._sequences[request_id]
-            future = self._compiling[request_id]
             try:
-                sequence.grammar = future.result().matcher()
+                sequence.grammar = self._compiling[request_id].result().matcher()
             except EngineError as error:
                 self._outbox.append(self._finish(sequence, "error", error=error))
-                continue
             except Exception as error:  # the compiler's boundary: its failure is that request's
                 logger.exception("A grammar could not be compiled.")
                 failure = GrammarError(f"The grammar could not be compiled: {error}")
                 self._outbox.append(self._finish(sequence, "error", error=failure))
-                continue
-            del self._compiling[request_id]
-            self.scheduler.add(sequence)
-
-    def _forget_unused(self, ref: AdapterRef) -> None:
-        if ref in self._unloads and ref not in self._num_users:
-            self.scheduler.pinned.discard(ref)
-            self._pool.unload(ref)
-            self._replies += [AdapterReply(command_id=i) for i in self._unloads.pop(ref)]
+            else:
+                del self._compiling[request_id]
+                self.scheduler.add(sequence)
 
     def _stats(self, step_s: float, num_step_tokens: int) -> EngineStats:
         return EngineStats(
@@ -395,10 +347,6 @@ class Engine:
             num_adapter_evictions=self._pool.num_evictions,
             adapter_load_s=self._pool.load_s,
         )
-
-
-def _error_delta(request_id: str, error: EngineError) -> RequestDelta:
-    return RequestDelta(request_id=request_id, finish_reason="error", error=error.info())
 
 
 def _as_engine_error(error: Exception) -> EngineError:

@@ -1,7 +1,8 @@
 """How large the KV cache is, decided once at start, and its allocation.
 
-By flag, or what is free: on CUDA gpu_memory_utilization of the device less what weights and activations take, on the
-CPU half of the free memory and at most CPU_LIMIT_BYTES; in both cases no more than max_num_seqs full sequences need.
+By flag, or what is free: on CUDA gpu_memory_utilization of the device less what weights and
+activations take, on the CPU half of the free memory and at most CPU_LIMIT_BYTES; in both cases no
+more than max_num_seqs full sequences need.
 """
 
 from __future__ import annotations
@@ -66,9 +67,10 @@ def choose_num_blocks(
         available = config.kv_cache_memory_bytes or max(0, free_bytes)
         longest = max(0, num_blocks) * config.block_size
         raise NotEnoughMemory(
-            f"The KV cache of one sequence of {max_model_len} tokens needs {format_bytes(blocks_per_seq * bytes_per_block)}, but "
-            f"there are {format_bytes(available)} ({found}), room for {longest} tokens. {remedy}, lower --max-model-len, or "
-            f"choose a smaller --kv-cache-dtype."
+            f"The KV cache of one sequence of {max_model_len} tokens needs "
+            f"{format_bytes(blocks_per_seq * bytes_per_block)}, but there are "
+            f"{format_bytes(available)} ({found}), room for {longest} tokens. {remedy}, lower "
+            f"--max-model-len, or choose a smaller --kv-cache-dtype."
         )
     return num_blocks
 
@@ -81,7 +83,7 @@ def allocate_kv_caches(
     dtype: torch.dtype,
     device: torch.device,
 ) -> KVCaches:
-    """One (k_cache, v_cache) per layer, each [num_blocks, block_size, num_kv_heads, head_dim], contents undefined.
+    """One (k_cache, v_cache) per layer, each [num_blocks, block_size, num_kv_heads, head_dim].
 
     Raises:
         NotEnoughMemory: the allocator refuses.
@@ -114,7 +116,7 @@ def default_cpu_bytes() -> int:
 def default_cuda_bytes(
     device: torch.device, gpu_memory_utilization: float, activation_bytes: int
 ) -> int:
-    """What is left of the allowed share of a GPU after everything on it now and the activations of a full step."""
+    """What is left of the allowed share of a GPU after what is on it and a step's activations."""
     torch.cuda.empty_cache()
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     used_bytes = total_bytes - free_bytes

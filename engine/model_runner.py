@@ -1,4 +1,4 @@
-"""Runs the model on one step's batch and reads off what the step needs: logits, prompt log-probabilities, scores."""
+"""Runs the model on one step's batch and reads off logits, prompt log-probabilities and scores."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class ModelRunner:
         lora: Any,
         first_row: int,
     ) -> list[TokenLogprobs | None]:
-        """Each row tells the log-probability of the token after it; the prompt's first token has none."""
+        """Each row tells about the token after it; the prompt's first token has no entry."""
         start = sequence.num_computed_tokens
         targets = sequence.prompt_token_ids[start + 1 : start + num_new_tokens + 1]
         num_top = sequence.params.prompt_logprobs or 0
@@ -169,7 +169,7 @@ def measure_activation_bytes(
     max_model_len: int,
     device: torch.device,
 ) -> int:
-    """Peak memory of the largest step on CUDA, beyond what is allocated now: a full batch of prompt tokens is run.
+    """Peak memory of the largest step on CUDA beyond what is allocated now, by running one.
 
     Raises:
         NotEnoughMemory: the device cannot hold that step.
@@ -205,6 +205,7 @@ def measure_activation_bytes(
         peak_bytes = torch.cuda.max_memory_allocated(device)
     except torch.OutOfMemoryError as error:
         raise NotEnoughMemory(
-            f"A step of {num_tokens} tokens does not fit beside the weights: {error} Lower --max-num-batched-tokens."
+            f"A step of {num_tokens} tokens does not fit beside the weights: {error} "
+            f"Lower --max-num-batched-tokens."
         ) from error
     return peak_bytes - before_bytes - cache_bytes + sampling_bytes

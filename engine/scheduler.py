@@ -1,13 +1,15 @@
 """What runs in the next step: one flat batch of decodes and prompt chunks.
 
-Order     decodes first, so a long prompt never stalls running streams; then started prompts and new admissions, by
-          priority, under max_num_batched_tokens and max_num_seqs.
-Blocks    a sequence is admitted when all blocks its present tokens need are there and every running sequence could
-          still grow by one. When a decode finds no block, the sequence of the lowest priority, the newest first, is
-          preempted: its blocks go back, its tokens stay, it is recomputed later.
-Rows      an adapter's row of the LoRA pool is held from admission to end or preemption. A sequence whose adapter is
-          not ready waits, others pass. When all rows are in use and an adapter waits for one, the adapter that has
-          held its row longest admits nobody more until the waiting one has got a row: rows go round.
+Order     decodes first, so a long prompt never stalls running streams; then started prompts and
+          new admissions, by priority, under max_num_batched_tokens and max_num_seqs.
+Blocks    a sequence is admitted when all blocks its present tokens need are there and every running
+          sequence could still grow by one. When a decode finds no block, the sequence of the lowest
+          priority, the newest first, is preempted: its blocks go back, its tokens stay, it is
+          recomputed later.
+Rows      an adapter's row of the LoRA pool is held from admission to end or preemption. A sequence
+          whose adapter is not ready waits, others pass. When all rows are in use and an adapter
+          waits for one, the adapter that has held its row longest admits nobody more until the
+          waiting one has got a row: rows go round.
 Fairness  between adapters: engine/waiting_queue.py.
 """
 
@@ -38,7 +40,7 @@ class AdapterRows(Protocol):
 
 @dataclass(slots=True)
 class Schedule:
-    """One step: (sequence, number of its tokens to run), decodes first; and who cannot run at all."""
+    """One step: (sequence, number of its tokens to run), decodes first; and who cannot run."""
 
     items: list[tuple[Sequence, int]] = field(default_factory=list)
     failed: list[tuple[Sequence, EngineError]] = field(default_factory=list)
@@ -78,7 +80,7 @@ class Scheduler:
         self.waiting.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence that has ended, running or waiting; its blocks and its row are free afterwards."""
+        """Forget a sequence that has ended, running or waiting; free its blocks and its row."""
         if sequence.block_table:
             self._stop(sequence)
         else:
@@ -131,13 +133,17 @@ class Scheduler:
         assert len(waiting) == len(self.waiting), "the queue has lost count"
         assert not set(map(id, waiting)) & set(map(id, self.running)), "a sequence waits and runs"
         for sequence in waiting:
-            assert not sequence.block_table and sequence.lora_row == -1, "a waiting sequence holds resources"
+            assert not sequence.block_table and sequence.lora_row == -1, (
+                "a waiting sequence holds resources"
+            )
             assert sequence.num_computed_tokens == 0
         for sequence in self.running:
             capacity = len(sequence.block_table) * self.blocks.block_size
             assert sequence.num_computed_tokens <= capacity, "computed tokens without a block"
             assert sequence.num_missing_tokens >= 1, "a running sequence has nothing to do"
-            assert (sequence.adapter is None) == (sequence.lora_row == -1), "a row without an adapter"
+            assert (sequence.adapter is None) == (sequence.lora_row == -1), (
+                "a row without an adapter"
+            )
         running = Counter(sequence.adapter for sequence in self.running)
         assert running == +self._num_running, f"{running} run, {self._num_running} were counted"
         assert set(self._row_since) == {ref for ref in running if ref is not None}
@@ -145,7 +151,7 @@ class Scheduler:
         self.blocks.check_integrity(self.running)
 
     def _place_decodes(self, schedule: Schedule) -> int:
-        """One token for each sequence that lacks one, blocks permitting; returns the budget that is left."""
+        """One token for each sequence that lacks one, blocks permitting; returns what is left."""
         budget = self.config.max_num_batched_tokens
         index = 0
         while index < len(self.running):
@@ -192,7 +198,7 @@ class Scheduler:
         return True
 
     def _prepare_next(self, passed_over: set[AdapterKey], blocked: list[AdapterRef]) -> None:
-        """All places are taken: start loading for the one whose turn it is, so that it need not wait twice."""
+        """All places are taken: load for whose turn is next, so that it need not wait twice."""
         sequence = self.waiting.next(self._num_running, passed_over)
         ref = sequence.adapter if sequence is not None else None
         if ref is None or ref in self._row_since:
@@ -241,7 +247,7 @@ class Scheduler:
             sequence.lora_row = -1
 
     def _rotate_rows(self, blocked: list[AdapterRef]) -> None:
-        """Start, keep or end a drain; `blocked` are the adapters that found no row in this step, in turn order."""
+        """Start, keep or end a drain; `blocked` found no row in this step, in turn order."""
         drain = self._drain
         if drain is not None:
             has_row = drain.beneficiary in self._row_since
@@ -254,7 +260,7 @@ class Scheduler:
             self._drain = next(filter(self._may_drain, candidates), None)
 
     def _may_drain(self, drain: _Drain) -> bool:
-        """Whether somebody still waits for the row, and nobody more urgent for the one who has it."""
+        """Whether somebody still waits for the row, and nobody more urgent for who has it."""
         urgency = self.waiting.best_priority(drain.beneficiary)
         if urgency is None or drain.victim in self.pinned:
             return False

@@ -1,8 +1,9 @@
 """The state of one request inside the engine.
 
-A sequence is its prompt and the tokens generated so far. `num_computed_tokens` says how many of them have keys and
-values in the cache; the rest are what the next steps must run. That one number is all there is to prefill, chunked
-prefill, decoding (one token is missing) and recomputation after a preemption (all are missing again).
+A sequence is its prompt and the tokens generated so far. `num_computed_tokens` says how many of
+them have keys and values in the cache; the rest are what the next steps must run. That one number
+is all there is to prefill, chunked prefill, decoding (one token is missing) and recomputation after
+a preemption (all are missing again).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One request while it lives; the scheduler, the block manager and the sampler each keep their part here."""
+    """One request while it lives; scheduler, block manager and sampler keep their parts here."""
 
     request: GenerateRequest
     arrival: int
@@ -39,7 +40,7 @@ class Sequence:
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
-    """Chained hash of each full block of token_ids; computed once, valid as long as the sequence lives."""
+    """Chained hash of each full block of token_ids; stays valid, because tokens only grow."""
     num_committed_blocks: int = 0
     """How many blocks of block_table have been offered to the prefix cache."""
     lora_row: int = -1
@@ -60,7 +61,7 @@ class Sequence:
     def from_request(
         cls, request: GenerateRequest, arrival: int, *, eos_token_ids: frozenset[int], max_len: int
     ) -> Sequence:
-        """Start a request that has been accepted; `max_len` is the longest prompt plus output, in tokens."""
+        """Start an accepted request; `max_len` is the longest prompt plus output, in tokens."""
         params = request.params
         stop = frozenset(params.stop_token_ids)
         return cls(
@@ -117,7 +118,7 @@ class Sequence:
         self.output_token_ids.append(token_id)
 
     def forget_computed(self) -> None:
-        """Start over: all tokens must be run again. The tokens themselves, streamed or not, stay."""
+        """Start over: all tokens must be run again. The tokens themselves stay."""
         self.num_computed_tokens = 0
         self.num_committed_blocks = 0
         if not self.has_sent_delta:

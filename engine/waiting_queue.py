@@ -1,9 +1,10 @@
 """The requests that wait to run, and whose turn it is.
 
-Strict between priority levels, fair between adapters within one: the next sequence is of the adapter that has the
-fewest sequences running; among equals, of the one whose last turn is longest ago. Within an adapter, arrival order.
-So an adapter with hundreds of waiting requests takes what nobody else wants, and no more than its share of the rest:
-a newcomer gets the first place that becomes free. The base model counts as one adapter.
+Strict between priority levels, fair between adapters within one: the next sequence is of the
+adapter that has the fewest sequences running; among equals, of the one whose last turn is longest
+ago. Within an adapter, arrival order. So an adapter with hundreds of waiting requests takes what
+nobody else wants, and no more than its share of the rest: a newcomer gets the first place that
+becomes free. The base model counts as one adapter.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class WaitingQueue:
                 yield from queue
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; a preempted one comes back to its old place, because its arrival is older."""
+        """Queue a sequence; a preempted one gets its old place back, as its arrival is older."""
         queues = self._levels.setdefault(sequence.request.priority, {})
         insort(queues.setdefault(sequence.adapter, []), sequence, key=_arrival)
         self._num_waiting += 1

@@ -1,10 +1,12 @@
 """The worker's other end: starts the engine worker, talks to it, and starts another when it dies.
 
-Per worker two threads: one reads its messages and hands them to the event loop, one writes commands, so that neither
-a slow client nor a worker in the middle of a long step ever blocks the loop. Per request one unbounded queue.
+Per worker two threads: one reads its messages and hands them to the event loop, one writes
+commands, so that neither a slow client nor a worker in the middle of a long step ever blocks the
+loop. Per request one unbounded queue.
 
-When the worker dies every waiting request ends with one final delta, code "engine_restarting", and a new worker is
-started; MAX_DEATHS deaths within DEATH_WINDOW_S seconds are taken for a fault that restarts cannot mend.
+When the worker dies every waiting request ends with one final delta, code "engine_restarting", and
+a new worker is started; MAX_DEATHS deaths within DEATH_WINDOW_S seconds are taken for a fault that
+restarts cannot mend.
 """
 
 from __future__ import annotations
@@ -12,14 +14,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import multiprocessing
-import queue
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from multiprocessing import resource_tracker
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -35,14 +32,13 @@ from engine.api import (
     LoadAdapter,
     LoadProgress,
     RequestDelta,
-    Shutdown,
     StepOutput,
     UnloadAdapter,
     WorkerFailed,
 )
 from engine.config import EngineConfig
 from engine.errors import EngineError, WorkerDied
-from engine.worker import run_worker
+from server.worker_process import WorkerProcess
 
 if TYPE_CHECKING:
     from engine.lora import LoraWeights
@@ -60,7 +56,7 @@ SHUTDOWN_S = 5.0
 
 
 class EngineClient:
-    """One engine worker at a time, seen from the event loop. Methods are called on the loop's thread."""
+    """One engine worker at a time, seen from the event loop, on whose thread all is called."""
 
     def __init__(
         self, config: EngineConfig, folder: Path, load_adapter: Callable[[AdapterRef], LoraWeights]
@@ -82,8 +78,8 @@ class EngineClient:
         self.last_error: EngineError | None = None
         """Why the last worker ended."""
         self.on_restart: Callable[[], Awaitable[None]] | None = None
-        """Awaited when a new worker is ready and before requests reach it: load the adapters again."""
-        self._worker: _Worker | None = None
+        """Awaited when a new worker is ready, before requests reach it: load the adapters again."""
+        self._worker: WorkerProcess | None = None
         self._ready: asyncio.Future[EngineInfo] | None = None
         self._requests: dict[str, asyncio.Queue[RequestDelta]] = {}
         self._commands: dict[int, asyncio.Future[AdapterReply]] = {}
@@ -102,7 +98,9 @@ class EngineClient:
         try:
             info = await self._launch()
             if self._worker is None or not self._worker.is_alive:
-                raise self.last_error or WorkerDied("The engine worker ended as soon as it was ready.")
+                raise self.last_error or WorkerDied(
+                    "The engine worker ended as soon as it was ready."
+                )
         except BaseException as error:
             if isinstance(error, EngineError):
                 self.last_error = error
@@ -113,7 +111,7 @@ class EngineClient:
         return info
 
     async def stop(self, timeout_s: float) -> None:
-        """Refuse new requests, let running ones finish for `timeout_s`, cancel the rest and end the worker."""
+        """Refuse new requests, let others run for `timeout_s`, cancel the rest, end the worker."""
         self.state = "stopped"
         deadline_s = time.monotonic() + timeout_s
         shutdown_s = SHUTDOWN_S
@@ -131,7 +129,7 @@ class EngineClient:
         self._end_all(None)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[RequestDelta]:
-        """What the request produces, up to and with exactly one final delta; closing it early cancels the request."""
+        """What the request produces, with exactly one final delta; closing it early cancels."""
         if self.state != "ready":
             yield _error_delta(request.request_id, self._unavailable())
             return
@@ -193,7 +191,7 @@ class EngineClient:
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
         self.progress = None
-        self._worker = _Worker(
+        self._worker = WorkerProcess(
             self._config, self._folder, self._load_adapter, loop, self._on_message, self._on_death
         )
         self.info = await self._ready
@@ -208,7 +206,7 @@ class EngineClient:
         if self._worker is not None:
             self._worker.send(command)
 
-    def _on_message(self, worker: _Worker, message: object) -> None:
+    def _on_message(self, worker: WorkerProcess, message: object) -> None:
         """Deliver one message of the worker; late and unknown ones are dropped."""
         if worker is not self._worker and not worker.is_closing:
             return
@@ -238,8 +236,8 @@ class EngineClient:
         if deltas is not None:
             deltas.put_nowait(delta)
 
-    def _on_death(self, worker: _Worker, description: str) -> None:
-        """The worker's pipe has closed: fail whoever waits for it, and start another unless it was told to end."""
+    def _on_death(self, worker: WorkerProcess, description: str) -> None:
+        """The worker's pipe has closed: fail whoever waits for it, and start another."""
         if worker is not self._worker:
             return
         error = worker.failure or WorkerDied(f"The engine worker {description}.")
@@ -296,7 +294,7 @@ class EngineClient:
                 return
 
     def _end_all(self, error: EngineError | None) -> None:
-        """End every waiting request and command: with an error, or as cancelled when there is none."""
+        """End every waiting request and command: with an error, or as cancelled without one."""
         for request_id in list(self._requests):
             if error is None:
                 self._deliver(RequestDelta(request_id=request_id, finish_reason="cancelled"))
@@ -309,7 +307,8 @@ class EngineClient:
     def _unavailable(self) -> EngineError:
         if self.state == "failed":
             return WorkerDied(
-                f"The engine has failed and was given up; restart the server. Last error: {self.last_error}"
+                f"The engine has failed and was given up; restart the server. "
+                f"Last error: {self.last_error}"
             )
         reasons = {
             "loading": "The engine is still loading the model; try again soon.",
@@ -320,93 +319,8 @@ class EngineClient:
         return WorkerDied(reasons[self.state])
 
 
-class _Worker:
-    """One worker process with its pipe and the two threads that serve it."""
-
-    def __init__(
-        self,
-        config: EngineConfig,
-        folder: Path,
-        load_adapter: Callable[[AdapterRef], LoraWeights],
-        loop: asyncio.AbstractEventLoop,
-        on_message: Callable[[_Worker, object], None],
-        on_death: Callable[[_Worker, str], None],
-    ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._conn, child_conn = context.Pipe()
-        self.process = context.Process(
-            target=run_worker,
-            args=(child_conn, config, folder, load_adapter),
-            name="engine-worker",
-            daemon=True,
-        )
-        with _interrupts_blocked():
-            self.process.start()
-        child_conn.close()  # so that its end closes with the child
-        self.failure: EngineError | None = None
-        self.is_alive = True
-        self.is_closing = False
-        self._loop = loop
-        self._on_message = on_message
-        self._on_death = on_death
-        self._outgoing: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._read, name="engine-reader", daemon=True),
-            threading.Thread(target=self._write, name="engine-writer", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def send(self, command: Command) -> None:
-        """Queue a command; lost without a word when the worker dies, which its death then tells."""
-        self._outgoing.put(command)
-
-    async def close(self, timeout_s: float) -> None:
-        """Ask the worker to end, kill it after `timeout_s`, and leave nothing behind. Its last messages still arrive."""
-        self.is_closing = True
-        self.send(Shutdown())
-        await asyncio.get_running_loop().run_in_executor(None, self._join, timeout_s)
-        await asyncio.sleep(0)  # what the reader handed over last
-
-    def _join(self, timeout_s: float) -> None:
-        self.process.join(timeout_s)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
-        self._outgoing.put(None)
-        for thread in self._threads:
-            thread.join()
-        self._conn.close()
-        self.process.close()
-
-    def _read(self) -> None:
-        """Hand the worker's messages to the loop until its end of the pipe closes."""
-        try:
-            while True:
-                self._call(self._on_message, self._conn.recv())
-        except (EOFError, OSError):
-            pass
-        except Exception:  # the process boundary: a message that cannot be read means a broken worker
-            logger.exception("A message of the engine worker could not be read.")
-            self.process.kill()
-        self.is_alive = False
-        self.process.join(1.0)
-        self._call(self._on_death, _describe_exit(self.process.exitcode))
-
-    def _write(self) -> None:
-        while (command := self._outgoing.get()) is not None:
-            try:
-                self._conn.send(command)
-            except (OSError, ValueError):
-                pass  # the worker has gone; the reader finds out
-
-    def _call(self, function: Callable[..., None], *args: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-            self._loop.call_soon_threadsafe(function, self, *args)
-
-
 def error_from_info(info: ErrorInfo) -> EngineError:
-    """The EngineError that an ErrorInfo describes; an unknown code gives the base class with that code."""
+    """The EngineError that an ErrorInfo describes; of the base class if the code is unknown."""
     kind = _classes_by_code().get(info.code, EngineError)
     error = kind.__new__(kind)
     Exception.__init__(error, info.message)
@@ -427,27 +341,3 @@ def _classes_by_code() -> dict[str, type[EngineError]]:
 
 def _error_delta(request_id: str, error: EngineError) -> RequestDelta:
     return RequestDelta(request_id=request_id, finish_reason="error", error=error.info())
-
-
-def _describe_exit(exit_code: int | None) -> str:
-    if exit_code is None:
-        return "closed its pipe"
-    if exit_code >= 0:
-        return f"ended with exit code {exit_code}"
-    name = signal.Signals(-exit_code).name
-    hint = ", perhaps because the machine ran out of memory" if name == "SIGKILL" else ""
-    return f"was ended by {name}{hint}"
-
-
-@contextlib.contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Start a child with SIGINT blocked: it imports for seconds before it can ignore Ctrl-C itself."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # else starting it below would unblock SIGINT again
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)

@@ -1,7 +1,9 @@
 """A model without weights, a pool without adapters, and an engine around them. Not a test module.
 
-HistoryModel's logits are a hash of the tokens, adapters and scales that it reads back from the KV cache through the
-block tables: whatever the scheduler, the block manager or the batch get wrong about the past changes the text.
+HistoryModel's logits are a hash of the tokens, adapters and scales that it reads back from the KV
+cache through the
+block tables: whatever the scheduler, the block manager or the batch get wrong about the past
+changes the text.
 """
 
 from __future__ import annotations
@@ -104,7 +106,7 @@ class FakePool:
         return self.rows.index(ref)
 
     def _place(self, ref: AdapterRef) -> bool:
-        """Like the real pool: from disk to host memory in the background, to a row when asked for."""
+        """Like the real pool: to host memory in the background, to a row when asked for."""
         if ref not in self.host:
             self.loading.setdefault(ref, self.load_steps)
             if self.load_steps:
@@ -240,7 +242,9 @@ class FakeEngine:
         """Add a request; options of GenerateRequest by name, all others are SamplingParams."""
         fields = ("adapter", "lora_scale", "priority", "task")
         own = {name: options.pop(name) for name in fields if name in options}
-        params = SamplingParams(**{"max_tokens": 8, "temperature": 0.0, "ignore_eos": True, **options})
+        params = SamplingParams(
+            **{"max_tokens": 8, "temperature": 0.0, "ignore_eos": True, **options}
+        )
         request = GenerateRequest(
             request_id=request_id, prompt_token_ids=tuple(prompt), params=params, **own
         )
@@ -250,7 +254,7 @@ class FakeEngine:
         output = self.engine.step()
         self.engine.check_integrity()
         self.stats = output.stats
-        self.replies += [reply.command_id for reply in self.engine.take_replies()]
+        self.replies += [reply.command_id for reply in self.engine.adapters.take_replies()]
         for delta in output.deltas:
             earlier = self.deltas.setdefault(delta.request_id, [])
             assert not earlier or earlier[-1].finish_reason is None, "a delta after the final one"

@@ -12,9 +12,7 @@ from tests.engine.fakes import adapter
 BLOCK_SIZE = 4
 
 
-def make_sequence(
-    tokens, ref: AdapterRef | None = None, scale: float = 1.0, **params
-) -> Sequence:
+def make_sequence(tokens, ref: AdapterRef | None = None, scale: float = 1.0, **params) -> Sequence:
     request = GenerateRequest(
         request_id="r",
         prompt_token_ids=tuple(tokens),

@@ -38,7 +38,9 @@ def test_a_prompt_in_chunks_gives_the_same_text(max_num_batched_tokens):
 
 def test_sixteen_sequences_at_once_say_what_each_says_alone():
     fake = FakeEngine(max_num_seqs=16, max_num_batched_tokens=20, num_blocks=256)
-    prompts = {f"r{i}": [i % VOCAB_SIZE, *PROMPT[: 1 + i % 9], 3 * i % VOCAB_SIZE] for i in range(16)}
+    prompts = {
+        f"r{i}": [i % VOCAB_SIZE, *PROMPT[: 1 + i % 9], 3 * i % VOCAB_SIZE] for i in range(16)
+    }
     for request_id, prompt in prompts.items():
         fake.add(request_id, prompt, max_tokens=15)
     fake.run()
@@ -283,12 +285,12 @@ def test_a_score_request_without_a_score_head_ends_with_an_error():
 def test_load_and_unload_are_answered_and_an_adapter_in_use_is_unloaded_later():
     fake = FakeEngine()
     ref = adapter(1)
-    fake.engine.load_adapter(LoadAdapter(command_id=1, ref=ref))
+    fake.engine.adapters.load(LoadAdapter(command_id=1, ref=ref))
     fake.step()
     assert fake.replies == [1]
     fake.add("a", PROMPT, adapter=ref)
     fake.step()
-    fake.engine.unload_adapter(UnloadAdapter(command_id=2, ref=ref))
+    fake.engine.adapters.unload(UnloadAdapter(command_id=2, ref=ref))
     fake.step()
     assert fake.replies == [1] and fake.pool.unloaded == []
     fake.run()

@@ -1,4 +1,4 @@
-"""The whole engine against the outside world: tiny random models of each architecture, transformers as the oracle."""
+"""The whole engine against transformers, on tiny random models of each architecture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from engine.api import GenerateRequest, RequestDelta, SamplingParams
 from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from engine.engine import Engine
-from engine.worker import create_engine
+from engine.startup import create_engine
 from tests.engine.tiny_models import save_model
 
 ARCHITECTURES = ("llama", "llama3_tied", "mistral_window", "qwen2", "qwen3")

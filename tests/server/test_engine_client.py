@@ -1,4 +1,4 @@
-"""A real worker process on a tiny model, seen from the event loop: service, cancellation, death and return."""
+"""A real worker process on a tiny model: service, cancellation, death and return."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ async def test_a_worker_that_cannot_start_tells_why(tmp_path):
 
 async def test_a_cache_too_small_for_one_sequence_is_refused_by_name(folder):
     client = make_client(folder, kv_cache_memory_bytes=2**16)
-    with pytest.raises(NotEnoughMemory, match="--kv-cache-memory-bytes.*--max-model-len"):
+    with pytest.raises(NotEnoughMemory, match=r"--kv-cache-memory-bytes.*--max-model-len"):
         await client.start()
 
 

@@ -1,0 +1,152 @@
+"""From flags and a folder to an engine: load the model, size the KV cache, join the parts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from engine.api import AdapterRef, EngineInfo
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import EngineError
+from engine.grammar import GrammarCompiler
+from engine.kv_cache import (
+    allocate_kv_caches,
+    block_bytes,
+    choose_num_blocks,
+    default_cpu_bytes,
+    default_cuda_bytes,
+    kv_cache_dtype,
+)
+from engine.lora import LoraWeights
+from engine.lora_pool import LoraPool
+from engine.model_runner import ModelRunner, measure_activation_bytes
+from engine.sampler import Sampler
+from engine.weights import LoadedModel, load_model
+
+LoadAdapterFiles = Callable[[AdapterRef], LoraWeights]
+Progress = Callable[[str, int, int], None]
+
+
+def create_engine(
+    config: EngineConfig, folder: Path, load_adapter: LoadAdapterFiles, progress: Progress
+) -> tuple[Engine, EngineInfo]:
+    """Load the model, size the KV cache and put the engine together.
+
+    Raises:
+        CheckpointError: the model's folder cannot be loaded.
+        NotEnoughMemory: weights or the KV cache of one sequence do not fit.
+        EngineError: --device or --max-model-len asks for what there is not.
+    """
+    started_s = time.perf_counter()
+    device = _device(config)
+    loaded = load_model(config.model, folder, device, progress)
+    spec, model = loaded.spec, loaded.model
+    max_model_len = _max_model_len(config, spec.max_position_embeddings)
+    pool = LoraPool(
+        config.lora,
+        model,
+        load_adapter,
+        fingerprint=loaded.fingerprint,
+        device=device,
+        dtype=model.dtype,
+    )
+    block_size = config.cache.block_size
+    cache_dtype = kv_cache_dtype(config.cache, model.dtype)
+    bytes_per_block = block_bytes(spec, block_size, cache_dtype)
+    free_bytes, free_means = _free_for_cache(config, loaded, device, cache_dtype, max_model_len)
+    num_blocks = choose_num_blocks(
+        config.cache,
+        bytes_per_block=bytes_per_block,
+        max_model_len=max_model_len,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        free_bytes=free_bytes,
+        free_means=free_means,
+    )
+    progress("allocating the KV cache", 0, 1)
+    kv_caches = allocate_kv_caches(
+        spec, num_blocks=num_blocks, block_size=block_size, dtype=cache_dtype, device=device
+    )
+    progress("allocating the KV cache", 1, 1)
+    engine = Engine(
+        config,
+        ModelRunner(model, kv_caches, pool, block_size=block_size, device=device),
+        Sampler(),
+        GrammarCompiler(config.model.tokenizer or folder, spec.vocab_size, spec.eos_token_ids),
+        pool,
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        vocab_size=spec.vocab_size,
+        eos_token_ids=spec.eos_token_ids,
+    )
+    info = EngineInfo(
+        architecture=spec.architecture,
+        vocab_size=spec.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=tuple(spec.eos_token_ids),
+        num_kv_blocks=num_blocks,
+        block_size=block_size,
+        dtype=_name(model.dtype),
+        kv_cache_dtype=_name(cache_dtype),
+        device=str(device),
+        weights_bytes=loaded.weights_bytes,
+        kv_cache_bytes=num_blocks * bytes_per_block,
+        base_fingerprint=loaded.fingerprint,
+        load_s=time.perf_counter() - started_s,
+        quantization=loaded.quantization,
+        notes=tuple(loaded.notes),
+    )
+    return engine, info
+
+
+def _device(config: EngineConfig) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if config.model.device == "cuda" and not has_cuda:
+        raise EngineError(
+            "--device cuda: this PyTorch finds no GPU. Use --device cpu, or a PyTorch built "
+            "for your driver."
+        )
+    return torch.device("cuda" if has_cuda and config.model.device != "cpu" else "cpu")
+
+
+def _max_model_len(config: EngineConfig, trained_len: int) -> int:
+    asked = config.model.max_model_len
+    if asked is not None and asked > trained_len:
+        raise EngineError(
+            f"--max-model-len {asked}: this model was made for {trained_len} tokens "
+            f"(max_position_embeddings). "
+            f"Ask for at most {trained_len}."
+        )
+    return asked or trained_len
+
+
+def _free_for_cache(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    device: torch.device,
+    cache_dtype: torch.dtype,
+    max_model_len: int,
+) -> tuple[int, str]:
+    """(bytes, where that number comes from)."""
+    if device.type == "cpu":
+        return default_cpu_bytes(), "half of the free memory, at most 4 GiB"
+    activation_bytes = measure_activation_bytes(
+        loaded.model,
+        loaded.spec,
+        cache_dtype=cache_dtype,
+        block_size=config.cache.block_size,
+        num_tokens=config.scheduler.max_num_batched_tokens,
+        num_seqs=config.scheduler.max_num_seqs,
+        max_model_len=max_model_len,
+        device=device,
+    )
+    utilization = config.cache.gpu_memory_utilization
+    free_bytes = default_cuda_bytes(device, utilization, activation_bytes)
+    return free_bytes, f"--gpu-memory-utilization {utilization} less weights and activations"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
