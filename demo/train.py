@@ -1,0 +1,102 @@
+"""Make the embedded demo from nothing: tokenizer, base model, 4-bit copy, two adapters, check.
+
+Run      python -m demo.train            (about half an hour on two cores; `make demo` calls it)
+         python -m demo.train --quick    (a minute: every step, but a model that babbles)
+Writes   demo/build (intermediate, ignored by git), demo/model, demo/adapters/{guanaco,pirate}
+Sources  QLoRA, arXiv:2305.14314: adapters are trained on the frozen base's dequantised NF4 weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import time
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from demo.check import answer_all, report
+from demo.corpus import chat, documents
+from demo.lora import load_frozen_base, new_adapter, save_adapter
+from demo.optimise import train
+from demo.pack import conversation_batches, document_batches
+from demo.pretrain import new_base, quantise
+from demo.tokenizer import train_tokenizer
+
+logger = logging.getLogger("demo")
+DEMO = Path(__file__).parent
+BUILD = DEMO / "build"
+SEED = 20230523
+
+BASE_TOKENS = 3_200_000
+ADAPTER_TOKENS = {"guanaco": 1_500_000, "pirate": 500_000}
+
+
+def make_tokenizer() -> None:
+    """Step 1: the tokenizer, from a sample of everything that the models will read."""
+    rng = random.Random(SEED)
+    texts = [documents(rng) for _ in range(20_000)]
+    for style in ADAPTER_TOKENS:
+        # Speakers on lines of their own, or the tokenizer learns pieces across turns, like ".###".
+        texts += [chat(rng, style).text.replace("###", "\n###") for _ in range(3_000)]
+    train_tokenizer(texts, BUILD / "base")
+    logger.info("tokenizer written to %s", BUILD / "base")
+
+
+def make_base(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> None:
+    """Step 2: the base model in 32 bits, trained on running text only; it never sees a chat."""
+    model = new_base(len(tokenizer), SEED)
+    batches = document_batches(tokenizer, documents, num_tokens, SEED)
+    train(model, batches, num_tokens, learning_rate=2e-3, weight_decay=0.1, name="base")
+    model.bfloat16().save_pretrained(BUILD / "base")
+    logger.info("base: %.1f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
+
+
+def make_adapter(tokenizer: PreTrainedTokenizerBase, style: str, num_tokens: int) -> PeftModel:
+    """Step 4: one adapter on the frozen 4-bit base; the pirate starts from what guanaco knows."""
+    base = load_frozen_base(DEMO / "model")
+    start = None if style == "guanaco" else DEMO / "adapters" / "guanaco"
+    model = new_adapter(base, start, SEED)
+    batches = conversation_batches(tokenizer, style, SEED)
+    train(model, batches, num_tokens, learning_rate=2e-3, weight_decay=0.0, name=style)
+    save_adapter(model, DEMO / "adapters" / style, style)
+    return model
+
+
+def main() -> None:
+    """All steps, or those named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    steps = ["tokenizer", "base", "quantise", *ADAPTER_TOKENS, "check"]
+    parser.add_argument("steps", nargs="*", default=steps, help=f"some of {steps}; all by default")
+    parser.add_argument("--quick", action="store_true", help="train on 1 %% of the tokens")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    arguments = parser.parse_args()
+    unknown = set(arguments.steps) - set(steps)
+    if unknown:
+        parser.error(f"unknown steps {sorted(unknown)}; choose from {steps}")
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(arguments.threads)
+    share = 0.01 if arguments.quick else 1.0
+    started = time.monotonic()
+    if "tokenizer" in arguments.steps:
+        make_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(BUILD / "base")
+    if "base" in arguments.steps:
+        make_base(tokenizer, int(BASE_TOKENS * share))
+    if "quantise" in arguments.steps:  # step 3
+        quantise(BUILD / "base", DEMO / "model")
+    for style, num_tokens in ADAPTER_TOKENS.items():
+        if style in arguments.steps:
+            make_adapter(tokenizer, style, int(num_tokens * share))
+    if "check" in arguments.steps:
+        for style in ADAPTER_TOKENS:
+            report(style, answer_all(DEMO / "model", DEMO / "adapters" / style))
+    logger.info("done in %.1f minutes", (time.monotonic() - started) / 60)
+
+
+if __name__ == "__main__":
+    main()
