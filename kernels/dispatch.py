@@ -1,10 +1,9 @@
 """Which implementation of an operation runs: decided here and nowhere else.
 
-Each operation's file holds its argument checks and its PyTorch reference, which is the definition of correct and takes
-any arguments on any device. A faster implementation is registered under the same operation name together with a
-function that accepts or declines the arguments; the first that accepts runs, else the reference.
-
-HERD_KERNELS=reference turns every other implementation off, for debugging and comparison.
+Each operation's file holds its argument checks and its PyTorch reference, which is the definition
+of correct and takes any arguments on any device. A faster implementation is registered under the
+name of the operation, with a function that accepts or declines the arguments; the first that
+accepts runs, else the reference. HERD_KERNELS=reference turns all but the references off.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from functools import cache
 from typing import Any
 
 TOKEN_TILE = 16
-"""Rows of every matrix product. One shape for every batch, so that a token's arithmetic is the same alone or in a crowd."""
+"""Rows of every matrix product: one shape for every batch, so a token's sums have one order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,7 @@ _implementations: dict[str, list[Implementation]] = {}
 
 
 def register(operation: str, implementation: Implementation) -> None:
-    """Offer an implementation of an operation; among those registered the earlier is asked first."""
+    """Offer an implementation of an operation; of several, the earliest is asked first."""
     _implementations.setdefault(operation, []).append(implementation)
 
 
@@ -44,17 +43,17 @@ def unregister(operation: str, name: str) -> None:
 def dispatch(operation: str, reference: Callable[..., Any], *args: Any) -> Any:
     """Run the first registered implementation that accepts the arguments, else the reference."""
     for implementation in _implementations.get(operation, ()):
-        if implementation.accepts(*args) and not reference_only():
+        if not reference_only() and implementation.accepts(*args):
             return implementation.run(*args)
     return reference(*args)
 
 
 @cache
 def reference_only() -> bool:
-    """Whether HERD_KERNELS asks for the references alone; read once.
+    """Whether HERD_KERNELS asks for the references alone; it is read once.
 
     Raises:
-        ValueError: HERD_KERNELS has a value that means nothing.
+        ValueError: HERD_KERNELS is set to something that means nothing.
     """
     choice = os.environ.get("HERD_KERNELS", "auto")
     check(choice in ("auto", "reference"), "HERD_KERNELS", "auto or reference", choice)

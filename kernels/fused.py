@@ -1,53 +1,72 @@
-"""The small operations between the matrix products: norm, rotary embedding, SiLU times up. Numbers as in transformers."""
+"""The small operations between matrix products: norm, rotary embedding, SiLU times up.
+
+The numbers are transformers', rounding step for rounding step. Each row is computed for itself.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kernels.dispatch import check, dispatch
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Divide each row by its root mean square, then multiply with weight.
+    """Divide each row by its root mean square, then multiply it by weight.
 
     Args:
-        x:      [..., size], any float dtype; the norm is taken in float32 and rounded to x's dtype before weight.
-        weight: [size].
+        x:      [..., size]; normalised in float32, rounded to its dtype before weight comes in.
+        weight: x's dtype [size].
+        eps:    added to the mean square.
 
     Returns:
-        x's shape.
+        x's shape and dtype.
 
     Raises:
-        ValueError: the last dimensions differ.
+        ValueError: sizes or dtypes disagree.
     """
-    check(x.shape[-1:] == weight.shape, "weight.shape", tuple(x.shape[-1:]), tuple(weight.shape))
+    _check_norm_weight(weight, x)
     return dispatch("rms_norm", rms_norm_reference, x, weight, eps)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """rms_norm in plain PyTorch."""
     x32 = x.float()
-    variance = x32.pow(2).mean(-1, keepdim=True)
-    return weight * (x32 * torch.rsqrt(variance + eps)).to(x.dtype)
+    mean_square = x32.pow(2).mean(-1, keepdim=True)
+    return weight * (x32 * torch.rsqrt(mean_square + eps)).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Add x to the residual stream, then normalise it: (rms_norm(residual + x), residual + x).
+    """Add x to the residual stream and normalise the sum.
+
+    Args:
+        x, residual: [num_tokens, size], one dtype.
+        weight, eps: as in rms_norm.
+
+    Returns:
+        (the normalised sum, the sum).
 
     Raises:
         ValueError: shapes or dtypes disagree.
     """
-    check(x.shape == residual.shape, "residual.shape", tuple(x.shape), tuple(residual.shape))
-    check(x.dtype == residual.dtype, "residual.dtype", x.dtype, residual.dtype)
-    check(x.shape[-1:] == weight.shape, "weight.shape", tuple(x.shape[-1:]), tuple(weight.shape))
+    check(residual.shape == x.shape, "residual.shape", tuple(x.shape), tuple(residual.shape))
+    check(residual.dtype == x.dtype, "residual.dtype", x.dtype, residual.dtype)
+    _check_norm_weight(weight, x)
     return dispatch("add_rms_norm", add_rms_norm_reference, x, residual, weight, eps)
 
 
-def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm_reference(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """add_rms_norm in plain PyTorch."""
     residual = residual + x
     return rms_norm_reference(residual, weight, eps), residual
+
+
+def _check_norm_weight(weight: Tensor, x: Tensor) -> None:
+    check(weight.shape == x.shape[-1:], "weight.shape", tuple(x.shape[-1:]), tuple(weight.shape))
+    check(weight.dtype == x.dtype, "weight.dtype", x.dtype, weight.dtype)
 
 
 def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,17 +75,18 @@ def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     Args:
         q:        [num_tokens, num_heads, head_dim].
         k:        [num_tokens, num_kv_heads, head_dim], q's dtype.
-        cos, sin: float32 [num_tokens, head_dim / 2]; rounded to q's dtype, in which all is computed.
+        cos, sin: [num_tokens, head_dim / 2], float32; rounded to q's dtype, then all is in it.
 
     Returns:
-        New q and k.
+        The rotated q and k, new tensors.
 
     Raises:
         ValueError: shapes or dtypes disagree.
     """
-    half = (len(q), q.shape[-1] // 2)
-    check(q.dim() == 3 and q.shape[-1] % 2 == 0, "q.shape", "(num_tokens, num_heads, even head_dim)", tuple(q.shape))
-    check(k.dim() == 3 and k.shape[::2] == q.shape[::2], "k.shape", f"(num_tokens, num_kv_heads, head_dim) as q's {tuple(q.shape)}", tuple(k.shape))
+    num_tokens, _, head_dim = q.shape
+    half = (num_tokens, head_dim // 2)
+    check(head_dim % 2 == 0, "head_dim", "an even number", head_dim)
+    check(k.shape[::2] == q.shape[::2], "k.shape[::2]", (num_tokens, head_dim), tuple(k.shape[::2]))
     check(k.dtype == q.dtype, "k.dtype", q.dtype, k.dtype)
     check(cos.shape == half, "cos.shape", half, tuple(cos.shape))
     check(sin.shape == half, "sin.shape", half, tuple(sin.shape))
@@ -85,16 +105,29 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """SiLU of the first half of each row times the second half: [num_tokens, 2 * n] -> [num_tokens, n].
+    """SiLU of the first half of each row times the second half.
+
+    Args:
+        gate_up: [num_tokens, 2 * size].
+
+    Returns:
+        gate_up's dtype [num_tokens, size].
 
     Raises:
         ValueError: rows of odd length.
     """
-    check(gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0, "gate_up.shape", "(num_tokens, an even number)", tuple(gate_up.shape))
+    check(gate_up.shape[-1] % 2 == 0, "gate_up.shape[-1]", "an even number", gate_up.shape[-1])
     return dispatch("silu_and_mul", silu_and_mul_reference, gate_up)
 
 
 def silu_and_mul_reference(gate_up: Tensor) -> Tensor:
-    """silu_and_mul in plain PyTorch; each factor rounded to the dtype as transformers does."""
-    gate, up = gate_up.chunk(2, dim=1)
-    return torch.nn.functional.silu(gate) * up
+    """silu_and_mul in plain PyTorch; SiLU is rounded to the dtype before the product.
+
+    torch's float32 SiLU differs in the last bit at the ragged end of the stretch that each thread
+    gets, so a token's result would depend on its place in the batch. Its exp has no such end, and
+    the half types round the difference away.
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    if gate.dtype == torch.float32:
+        return gate / (1.0 + torch.exp(-gate)) * up
+    return functional.silu(gate) * up

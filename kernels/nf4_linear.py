@@ -1,6 +1,7 @@
-"""Projection with 4-bit weights: y = x W^T + bias for the slices of a fused projection (q|k|v, gate|up) in one call.
+"""Projection with 4-bit weights: y = x W^T + bias, the slices of a fused projection in one call.
 
-Numerics: each weight is dequantised in float32 and rounded once to x's dtype, as bitsandbytes does; then as kernels/linear.
+Numerics: each weight is dequantised in float32 and rounded once to x's dtype, as bitsandbytes does;
+then as in kernels/linear.py, and as batch-invariant.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import check, dispatch
-from kernels.linear import linear_reference
-from kernels.nf4 import QuantizedWeight, dequantize_4bit
+from kernels.linear import check_bias, linear_reference
+from kernels.nf4 import FLOAT_DTYPES, QuantizedWeight, dequantize_4bit_reference
 
 
-def nf4_linear(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> Tensor:
-    """Multiply tokens with the weights, results side by side.
+def nf4_linear(
+    x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]
+) -> Tensor:
+    """Multiply tokens with the weights (q|k|v or gate|up), results side by side.
 
     Args:
         x:       float32, bfloat16 or float16 [num_tokens, in_features].
         weights: NF4 or FP4, shape (out_i, in_features) each.
-        biases:  one per weight, x's dtype [out_i], or None.
+        biases:  one per weight: x's dtype [out_i], or None.
 
     Returns:
         x's dtype [num_tokens, sum(out_i)].
@@ -30,19 +33,23 @@ def nf4_linear(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[T
         ValueError: shapes or dtypes disagree.
     """
     check(len(weights) > 0, "weights", "at least one", 0)
-    check(len(biases) == len(weights), "biases", f"{len(weights)}, one per weight", len(biases))
+    check(len(biases) == len(weights), "len(biases)", len(weights), len(biases))
+    check(x.dim() == 2, "x.dim()", 2, x.dim())
+    check(x.dtype in FLOAT_DTYPES, "x.dtype", FLOAT_DTYPES, x.dtype)
     for weight, bias in zip(weights, biases, strict=True):
         out_features, in_features = weight.shape
-        check(x.dim() == 2 and x.shape[1] == in_features, "x.shape", ("num_tokens", in_features), tuple(x.shape))
+        check(x.shape[1] == in_features, "x.shape[1]", in_features, x.shape[1])
         if bias is not None:
-            check(bias.shape == (out_features,), "bias.shape", (out_features,), tuple(bias.shape))
-            check(bias.dtype == x.dtype, "bias.dtype", x.dtype, bias.dtype)
+            check_bias(bias, x, out_features)
     return dispatch("nf4_linear", nf4_linear_reference, x, weights, biases)
 
 
-def nf4_linear_reference(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> Tensor:
+def nf4_linear_reference(
+    x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]
+) -> Tensor:
     """nf4_linear in plain PyTorch: one weight at a time is expanded, multiplied and dropped."""
     outs = [
-        linear_reference(x, dequantize_4bit(weight, x.dtype), bias) for weight, bias in zip(weights, biases, strict=True)
+        linear_reference(x, dequantize_4bit_reference(weight, x.dtype), bias)
+        for weight, bias in zip(weights, biases, strict=True)
     ]
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
