@@ -29,6 +29,9 @@ from typing import Any
 
 CALL_BEGIN = "<tool_call>"
 CALL_END = "</tool_call>"
+MAX_FALSE_CALLS = 32
+"""After so many markers without a call behind them the rest is content: a text full of markers must
+not be searched from each of them."""
 
 _HEADER = re.compile(r'\s*\{\s*"name"\s*:\s*"([\w.-]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*')
 
@@ -119,6 +122,7 @@ class ToolCallParser:
         )
         self._content_out: list[str] = []
         self._calls_out: list[ToolCallDelta] = []
+        self._num_false_calls = 0
         self.num_calls = 0
 
     @property
@@ -165,6 +169,8 @@ class ToolCallParser:
     def _content(self, is_last: bool) -> bool:
         """Plain text, watching for the marker."""
         before, marker, rest = self._buffer.partition(CALL_BEGIN)
+        if marker and self._num_false_calls >= MAX_FALSE_CALLS:
+            before, marker = self._buffer, ""
         if marker:
             kept = before.rstrip()
             self._write(kept)
@@ -213,6 +219,7 @@ class ToolCallParser:
         call = _read_call(self._buffer[:end], self._names) if end else None
         if self._streamed is None:
             if call is None:
+                self._num_false_calls += 1
                 self._write(opening)
                 self._state = self._content
                 return True
