@@ -37,7 +37,7 @@ NUM_BLOCKS = 8192
 PROMPT_LEN = 200
 NUM_WARM_UP_STEPS = 20
 LIMITS_MS = {1: 1.0, 32: 3.0}
-SAMPLING = {
+SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "sampled": {"temperature": 0.8},
     "sampled, top_p 0.9": {"temperature": 0.8, "top_p": 0.9},

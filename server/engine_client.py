@@ -51,7 +51,7 @@ MAX_DEATHS = 5
 DEATH_WINDOW_S = 60.0
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 10.0
-SHUTDOWN_S = 5.0
+SHUTDOWN_S = 2.0
 """How long a worker may take to obey Shutdown before it is killed."""
 
 
@@ -251,7 +251,7 @@ class EngineClient:
         self.state = "restarting"
         self._end_all(
             WorkerDied(
-                f"The engine worker ended while this request was running ({description}). "
+                f"The engine worker ended while this request was running: {error} "
                 f"A new one is being started; send the request again."
             )
         )
