@@ -1,11 +1,13 @@
 """LoRA weights as the engine holds them, and what the adapters of a batch do to its layers.
 
-An adapter changes a layer's output y in at most three ways, all per token and all scaled by the request's lora_scale s:
-low rank      y += s * x a^T b^T                       (every LoRA; one call for all rows of the pool)
-element-wise  y += s * (gain * y + offset)             (DoRA, trained biases, lora_bias)
-dense         y  = (1 - s) * y + s * (x W^T + offset)  (modules_to_save)
-so that s = 0 is the base and s = 1 the adapter as trained, whatever its kind. Plain bases and layers that no adapter
-of the batch touches return at the first line. Nothing here mixes tokens: a token's result does not depend on the batch.
+An adapter changes a layer's output y in at most three ways, per token and scaled by the request's
+lora_scale s:
+    low rank      y += s * x a^T b^T                       every LoRA; one call for the whole pool
+    element-wise  y += s * (gain * y + offset)             DoRA, trained biases, lora_bias
+    dense         y  = (1 - s) * y + s * (x W^T + offset)  modules_to_save
+so that s = 0 is the base and s = 1 the adapter as trained, whatever its kind. Layers that no
+adapter of the batch touches cost nothing. Nothing here mixes tokens: a token's result does not
+depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ SCORE_HEAD = "score"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraModule:
-    """The low-rank update of one linear layer: delta = x @ a.T @ b.T, alpha/r already folded into b."""
+    """The low-rank update of one linear layer: x @ a.T @ b.T, alpha / r folded into b."""
 
     a: torch.Tensor
     """[rank, in_features]; for an embedding [rank, vocab_size]."""
@@ -38,16 +40,16 @@ class LoraModule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraWeights:
-    """One adapter, read from disk and checked; adapters/format.py produces it. Tensors are on the CPU."""
+    """One adapter on the CPU, read and checked; adapters/format.py produces it."""
 
     modules: dict[str, LoraModule]
-    """By module path in the base model: "model.layers.0.self_attn.q_proj", "lm_head", "model.embed_tokens"."""
+    """By module path in the base: "model.layers.0.self_attn.q_proj", "model.embed_tokens"."""
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
     """Full tensors instead of the base's, by parameter path: "lm_head.weight", "score.weight",
-    "model.embed_tokens.weight" (modules_to_save) and "....q_proj.bias" (bias="lora_only")."""
+    "model.embed_tokens.weight" (modules_to_save), "....q_proj.bias" (bias="lora_only")."""
     base_copies: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Matrices of the base, by parameter path, that peft stores beside the LoRA of an embedding or a
-    head. They count as replaced only where they differ from the base's."""
+    """Matrices of the base, by parameter path, that peft stores beside the LoRA of an embedding or
+    a head. They count as replaced only where they differ from the base's."""
     base_fingerprint: str | None = None
     """Fingerprint of the base it was trained on, where the file names one."""
 
@@ -57,15 +59,15 @@ class PlacedModule:
     """What one adapter does to one layer, on the device; engine/lora_placement.py works it out."""
 
     a: torch.Tensor | None = None
-    """[rank, in_features] in the pool's dtype; for the embedding [vocab_size, rank], a row per token id."""
+    """[rank, in_features] in the pool's dtype; the embedding's is [vocab_size, rank]."""
     b: torch.Tensor | None = None
-    """[out_features, rank] in the pool's dtype, scaled by alpha/r and, for DoRA, by magnitude / norm."""
+    """[out_features, rank] in the pool's dtype, scaled by alpha / r and DoRA's magnitude / norm."""
     gain: torch.Tensor | None = None
     """float32 [out_features]; DoRA's magnitude / norm - 1."""
     offset: torch.Tensor | None = None
     """float32 [out_features]; what biases add."""
     dense: torch.Tensor | None = None
-    """[out_features, in_features] instead of the base's weight, in the pool's dtype; the embedding's [vocab_size, hidden_size]."""
+    """[out_features, in_features] instead of the base's weight, in the pool's dtype."""
 
 
 PlacedAdapter = Mapping[str, PlacedModule]
@@ -73,7 +75,7 @@ PlacedAdapter = Mapping[str, PlacedModule]
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """What the adapters in the pool do to one fused projection; made once per change of the pool."""
+    """What the pool's adapters do to one fused projection; made anew when the pool changes."""
 
     slices: tuple[LoraSlice, ...]
     low_rank_rows: frozenset[int]
@@ -113,7 +115,7 @@ def plan_layer(
 
 
 class LoraBatch:
-    """The adapters of one step's tokens. Valid until the pool's rows change, that is, for one step."""
+    """The adapters of one step's tokens; valid until the pool's rows change."""
 
     def __init__(
         self,
@@ -191,7 +193,7 @@ class LoraBatch:
         return hidden
 
     def select(self, token_indices: torch.Tensor | Sequence[int]) -> LoraBatch | None:
-        """The same adapters for some of the tokens, in the order given; None when all of those are the base's."""
+        """The same for some of the tokens, in the order given; None when all are the base's."""
         if isinstance(token_indices, torch.Tensor):
             positions = token_indices.tolist()
             index = token_indices.to(self.lora_indices.device)

@@ -1,7 +1,7 @@
-"""From an adapter as read to the tensors that a step uses: DoRA's norms, biases, dtype, and one copy to the device.
+"""From an adapter as read to the tensors that a step uses: DoRA's norms, biases, dtype.
 
-All of it happens off the step, in the pool's loader thread, except the copy: tensors are packed into one buffer
-(page-locked where there is a GPU), so that placing an adapter is a single transfer however many layers it touches.
+This is done off the step, in the loader thread. The tensors are packed into one buffer, page-locked
+where there is a GPU, so that placing an adapter is a single copy however many layers it touches.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """An adapter ready to be placed: one buffer in host memory, and where each tensor lies in it."""
+    """An adapter ready to be placed: a buffer in host memory, and where each tensor lies in it."""
 
     buffer: torch.Tensor
     """uint8 [num_bytes]."""
@@ -64,7 +64,7 @@ class PackedAdapter:
         return any(entry.path == SCORE_HEAD for entry in self.entries)
 
     def place(self, device: torch.device) -> PlacedAdapter:
-        """Copy to the device; the tensors returned are views of that copy. On the CPU nothing is copied."""
+        """Copy to the device, in one piece; on the CPU nothing is copied."""
         buffer = self.buffer.to(device, non_blocking=True)
         fields: dict[str, dict[str, torch.Tensor]] = {}
         for entry in self.entries:
@@ -108,7 +108,7 @@ def pack_adapter(
 
 
 def _changed_copies(weights: LoraWeights, model: BaseModel) -> dict[str, torch.Tensor]:
-    """The stored copies of base matrices that are not what this base has, as peft would load them."""
+    """The stored copies of base matrices that differ from this base's; peft would load them."""
     changed = {}
     tied = {f"{EMBEDDING}.weight": "lm_head.weight", "lm_head.weight": f"{EMBEDDING}.weight"}
     for parameter, copy in weights.base_copies.items():
@@ -141,7 +141,7 @@ def _placed_tensors(
     if dense is not None:
         if module is not None and module.magnitude is not None:
             raise AdapterError(
-                f"{path}: DoRA on a base whose weights the adapter itself replaces is not supported."
+                f"{path}: DoRA on a weight that the adapter itself replaces is not supported."
             )
         fields.append(("dense", _cast(dense, dtype, f"{path}.weight")))
         offset = bias
@@ -195,7 +195,8 @@ def dora_ratio(module: LoraModule, base: torch.Tensor, path: str) -> torch.Tenso
     norm = torch.cat(norms).cpu()
     if not bool((norm > 0).all()):
         raise AdapterError(
-            f"{path}: DoRA divides by the norm of each row of W + BA, and some rows are zero on this base."
+            f"{path}: DoRA divides by the norm of each row of W + BA, and on this base some rows "
+            f"are zero."
         )
     return module.magnitude.float() / norm
 
@@ -215,6 +216,7 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     result = tensor.to(dtype).contiguous()
     if not bool(torch.isfinite(result).all()):
         raise AdapterError(
-            f"{name}: a value is too large for {dtype}; serve this adapter with --dtype bfloat16 or float32."
+            f"{name}: a value is too large for {dtype}; serve this adapter with --dtype bfloat16 or "
+            f"float32."
         )
     return result

@@ -135,7 +135,7 @@ def test_a_stored_copy_of_the_base_costs_nothing(base, peft_adapter, make_pool):
     )
     pool = make_pool(base)
     wait_until_placed(pool, ref_to(folder))
-    assert pool._placed[0]["lm_head"].dense is None
+    assert pool._rows.placed[0]["lm_head"].dense is None
 
 
 @pytest.mark.parametrize("kind", ["plain", "tied"])

@@ -78,7 +78,7 @@ def wait_until_placed(pool: LoraPool, ref: AdapterRef) -> int:
         row = pool.acquire(ref)
         if row is not None:
             return row
-        for future in list(pool._loading.values()):
+        for future in list(pool._loader._loading.values()):
             future.exception()
 
 

@@ -1,4 +1,4 @@
-"""What a batch's adapters do to a layer: low rank, element-wise, dense; per token, and nothing where there is nothing."""
+"""What a batch's adapters do to a layer: low rank, element-wise, dense; and nothing without them."""
 
 import types
 

@@ -84,7 +84,7 @@ def make_pool(disk):
 
 def settle(pool: LoraPool) -> None:
     """Wait for the loader, then poll."""
-    for future in list(pool._loading.values()):
+    for future in list(pool._loader._loading.values()):
         future.exception(timeout=10)
     pool.poll()
     pool.check_integrity()
@@ -231,7 +231,7 @@ def test_a_device_without_room_first_drops_idle_adapters_then_says_so(make_pool,
     pool.release(ref(1))
     room = [2]
 
-    def place(packed, device):
+    def place(_packed, _device):
         if len(pool.resident) >= room[0]:
             raise torch.OutOfMemoryError("no room")
         return {}
@@ -364,7 +364,7 @@ def test_unloading_during_the_load_answers_the_preload_and_keeps_nothing(make_po
     answers = Answers()
     pool.preload(ref(1), pinned=True, done=answers)
     pool.unload(ref(1))
-    assert "unloaded while it was being loaded" in answers[0][0].message
+    assert "unloaded while it was loaded" in answers[0][0].message
     disk.gate.set()
     assert acquired(pool, ref(2)) == [0]
     assert pool.resident == ((2, 1),)
@@ -376,8 +376,8 @@ def test_unloading_during_the_load_answers_the_preload_and_keeps_nothing(make_po
 def test_rows_hold_exactly_what_an_adapter_needs(make_pool):
     pool = make_pool()
     acquired(pool, ref(1), ref(3))
-    assert pool._placed[0][Q].a.shape == (1, 8)
-    assert pool._placed[1][Q].a.shape == (3, 8)
+    assert pool._rows.placed[0][Q].a.shape == (1, 8)
+    assert pool._rows.placed[1][Q].a.shape == (3, 8)
 
 
 def test_a_batch_follows_the_rows_when_adapters_change(make_pool, disk):
