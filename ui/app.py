@@ -44,7 +44,8 @@ def mount_page(app: FastAPI, base_url: str, *, api_key: str | None = None, path:
     script = (ASSETS / "page.js").read_text(encoding="utf-8")
     mount_blocks(
         app,
-        build_page(base_url, api_key),
+        # The API is this very process; its certificate is for the name that browsers use.
+        build_page(base_url, api_key, verify=False),
         favicon=ASSETS / "herd.svg",
         theme=page_theme(),
         css_paths=[ASSETS / "page.css"],
@@ -52,20 +53,21 @@ def mount_page(app: FastAPI, base_url: str, *, api_key: str | None = None, path:
     )
 
 
-def build_page(base_url: str, api_key: str | None = None) -> gr.Blocks:
+def build_page(base_url: str, api_key: str | None = None, *, verify: bool = True) -> gr.Blocks:
     """The page for the API at `base_url`.
 
     Args:
         base_url: where this process reaches the API, such as http://127.0.0.1:8000.
         api_key: sent for every visitor who typed none. Leave it None where more people can open
             the page than may have the key: the page then asks for one as soon as the API does.
+        verify: check the certificate of an https address.
     """
-    client = Client(base_url)
+    client = Client(base_url, verify=verify)
     page = gr.Blocks(title="Herd", analytics_enabled=False)
     page.state_session_capacity = MAX_SESSIONS
     with page:
         with gr.Row(elem_id="herd-header"):
-            gr.HTML('<h1><img src="/favicon.ico" alt="">Herd</h1>', padding=False)
+            gr.HTML('<h1><img src="favicon.ico" alt="">Herd</h1>', padding=False)
             reload = gr.Button("↻ Adapters", size="sm", scale=0, min_width=110)
         notice = gr.HTML(elem_id="herd-notice", padding=False)
         with gr.Row(visible=False, elem_id="herd-key") as key_row:
@@ -91,7 +93,7 @@ def build_page(base_url: str, api_key: str | None = None) -> gr.Blocks:
         )
         refresh = {
             "fn": models.refresh,
-            "inputs": set(pickers),  # a set, so that handlers get their values by component
+            "inputs": {*pickers, notice},  # a set, so that handlers get their values by component
             "outputs": [*pickers, notice, key_row, max_tokens, timer],
             **EVENT,
         }

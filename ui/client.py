@@ -1,4 +1,4 @@
-"""The page's view of the API: models, generations, health, streamed chat and completions.
+"""The page's view of the API: models, health, streamed chat and completions.
 
 Public   Client, ModelCard, Sampling, Piece, ApiError
 Notable  every failure, from a refused connection to an error event in mid-stream, is one ApiError
@@ -9,7 +9,6 @@ Imports  httpx and the standard library; nothing of the other floors.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import string
 from collections.abc import AsyncGenerator
@@ -97,7 +96,7 @@ class Piece:
 class Client:
     """One connection pool to one API; the key comes with each call: every visitor has one."""
 
-    def __init__(self, base_url: str) -> None:
+    def __init__(self, base_url: str, *, verify: bool = True) -> None:
         self.base_url = base_url.rstrip("/")
         self._http = httpx.AsyncClient(
             base_url=self.base_url,
@@ -106,49 +105,40 @@ class Client:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
             # The API is this machine or one that the operator named: no proxy from the environment.
             trust_env=False,
+            verify=verify,
         )
 
-    async def is_ready(self) -> bool:
-        """Whether /health answers 200.
+    async def why_not_ready(self) -> str | None:
+        """What /health gives as the reason for not taking requests; None: it takes them.
 
         Raises:
             ApiError: nothing answers at all.
         """
-        reply = await self._send("GET", "/health", key=None)
-        return reply.status_code == 200
+        response = await self._get("/health", key=None)
+        return None if response.status_code == 200 else str(_error(response))
 
     async def models(self, key: str | None) -> list[ModelCard]:
-        """Every name that may be asked, the base first, with the adapters' generations where known.
+        """Every name that may be asked, the base first.
 
         Raises:
             ApiError: the API refuses the key, or does not answer.
         """
-        reply, generations = await asyncio.gather(
-            self._get_json("/v1/models", key), self.generations(key)
-        )
-        cards = [
-            ModelCard(
-                name=card["id"],
-                parent=card.get("parent"),
-                max_model_len=card.get("max_model_len"),
-                generation=generations.get(card["id"]),
-            )
-            for card in reply.get("data", [])
-        ]
-        return sorted(cards, key=lambda card: card.parent is not None)
-
-    async def generations(self, key: str | None) -> dict[str, int]:
-        """Adapter name to current generation; empty where the API does not tell this key."""
+        response = await self._get("/v1/models", key=key)
+        if response.status_code != 200:
+            raise _error(response)
         try:
-            reply = await self._get_json("/v1/adapters", key)
-        except ApiError:
-            return {}
-        adapters = reply.get("data", []) if isinstance(reply, dict) else reply
-        return {
-            adapter["name"]: adapter["generation"]
-            for adapter in adapters
-            if "name" in adapter and isinstance(adapter.get("generation"), int)
-        }
+            cards = [
+                ModelCard(
+                    name=card["id"],
+                    parent=card.get("parent"),
+                    max_model_len=card.get("max_model_len"),
+                    generation=card.get("generation"),
+                )
+                for card in response.json()["data"]
+            ]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ApiError("The server's reply to /v1/models is not a list of models.") from error
+        return sorted(cards, key=lambda card: card.parent is not None)
 
     def chat(
         self, model: str, messages: list[dict[str, str]], sampling: Sampling, key: str | None
@@ -199,20 +189,9 @@ class Client:
             message = f"The server sent an event that is not JSON: {error.doc[:80]}"
             raise ApiError(message) from error
 
-    async def _get_json(self, path: str, key: str | None) -> Any:
-        response = await self._send("GET", path, key=key)
-        if response.status_code != 200:
-            raise _error(response)
+    async def _get(self, path: str, *, key: str | None) -> httpx.Response:
         try:
-            return response.json()
-        except json.JSONDecodeError as error:
-            raise ApiError(f"The server's reply to {path} is not JSON.") from error
-
-    async def _send(self, method: str, path: str, *, key: str | None) -> httpx.Response:
-        try:
-            return await self._http.request(
-                method, path, headers=_headers(key), timeout=REPLY_TIMEOUT_S
-            )
+            return await self._http.get(path, headers=_headers(key), timeout=REPLY_TIMEOUT_S)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
 

@@ -24,10 +24,8 @@ from ui.conversation import History
 Values = dict[Component, Any]
 Updates = dict[Any, Any]
 
-LOADING = (
-    "The server is loading its model, or restarting. This page goes on as soon as it is ready."
-)
 WANTS_KEY = "This server asks for an API key."
+WAITING = '<span class="herd-waiting">{} This page goes on as soon as the server is ready.</span>'
 TOY = (
     "<b>This is the demo model, a toy.</b> It has a few million parameters and knows what a small "
     "corpus taught it; it is here so that everything can be tried without a download."
@@ -88,12 +86,16 @@ class Models:
 
     async def refresh(self, values: Values, request: gr.Request) -> Updates:
         """Ask the API for its models and its health; keep what was picked where it still exists."""
+        # Adapters are loaded after the engine is ready: a page that waited looks once more.
+        has_waited = "herd-waiting" in (values[self.notice] or "")
+        key = api_key_of(request, self.api_key)
         try:
-            is_ready = await self.client.is_ready()
-            cards = await self.client.models(api_key_of(request, self.api_key))
+            reason = await self.client.why_not_ready()
+            cards = await self.client.models(key)
         except ApiError as error:
+            text = WANTS_KEY if error.wants_key and not key else escape(str(error))
             return {
-                self.notice: WANTS_KEY if error.wants_key else escape(str(error)),
+                self.notice: text if error.wants_key else WAITING.format(text),
                 self.key_row: gr.update(visible=error.wants_key),
                 self.timer: gr.update(active=not error.wants_key),
             }
@@ -102,16 +104,18 @@ class Models:
         defaults = first_picks(cards, len(self.pickers))
         updates: Updates = {
             picker: gr.update(
-                choices=choices, value=values[picker] if values[picker] in names else default
+                choices=choices,
+                value=values[picker] if values[picker] in names and not has_waited else default,
             )
             for picker, default in zip(self.pickers, defaults, strict=True)
         }
         if max_model_len := max((card.max_model_len or 0 for card in cards), default=0):
             updates[self.max_tokens] = gr.update(maximum=max_model_len)
         is_demo = any(is_demo_name(card.name) for card in cards if card.parent is None)
-        updates[self.notice] = (TOY if is_demo else "") if is_ready else LOADING
+        waiting = WAITING.format(escape(reason)) if reason else None
+        updates[self.notice] = waiting or (TOY if is_demo else "")
         updates[self.key_row] = gr.update(visible=False)
-        updates[self.timer] = gr.update(active=not is_ready)
+        updates[self.timer] = gr.update(active=bool(waiting) or has_waited)
         return updates
 
 

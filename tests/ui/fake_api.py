@@ -23,7 +23,6 @@ class FakeApi:
     num_disconnects: int = 0
     num_running: int = 0
     max_running: int = 0
-    num_refusals: int = 0
     required_key: str | None = None
     is_ready: bool = True
 
@@ -36,25 +35,22 @@ class FakeApi:
         app = FastAPI()
         app.add_api_route("/health", self.health)
         app.add_api_route("/v1/models", self.models)
-        app.add_api_route("/v1/adapters", self.adapters)
         app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
         app.add_api_route("/v1/completions", self.complete, methods=["POST"])
         return app
 
     async def health(self) -> Response:
-        return JSONResponse({}, status_code=200 if self.is_ready else 503)
+        if not self.is_ready:
+            return error(503, "The model is being loaded (weights 1/3).", "engine_loading")
+        return JSONResponse({"status": "ok"})
 
     async def models(self, request: Request) -> Response:
         if refusal := self._refusal(request):
             return refusal
         base = {"id": "herd-demo", "object": "model", "parent": None, "max_model_len": 512}
-        cards = [{"id": name, "object": "model", "parent": "herd-demo"} for name in ADAPTERS]
+        names = ADAPTERS if self.is_ready else ()
+        cards = [base | {"id": name, "parent": "herd-demo", "generation": 3} for name in names]
         return JSONResponse({"object": "list", "data": [base, *cards]})
-
-    async def adapters(self, request: Request) -> Response:
-        if refusal := self._refusal(request):
-            return refusal
-        return JSONResponse({"data": [{"name": name, "generation": 3} for name in ADAPTERS]})
 
     async def chat(self, request: Request) -> Response:
         if refusal := self._refusal(request):
@@ -88,8 +84,7 @@ class FakeApi:
     def _refusal(self, request: Request) -> JSONResponse | None:
         wanted = f"Bearer {self.required_key}"
         if self.required_key and request.headers.get("authorization") != wanted:
-            self.num_refusals += 1
-            return error(401, "This server needs an API key.", "invalid_api_key")
+            return error(401, "The API key is not valid here.", "invalid_api_key")
         return None
 
     def _stream(self, model, words, text, choice) -> StreamingResponse:

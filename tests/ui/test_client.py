@@ -29,8 +29,8 @@ async def test_models_come_base_first_and_with_generations(served_api):
     cards = await Client(served_api[1] + "/").models(None)
     assert cards == [
         ModelCard(name="herd-demo", max_model_len=512),
-        ModelCard(name="guanaco", parent="herd-demo", generation=3),
-        ModelCard(name="pirate", parent="herd-demo", generation=3),
+        ModelCard(name="guanaco", parent="herd-demo", max_model_len=512, generation=3),
+        ModelCard(name="pirate", parent="herd-demo", max_model_len=512, generation=3),
     ]
     assert [card.title for card in cards] == [
         "herd-demo (base)",
@@ -47,14 +47,13 @@ async def test_a_key_is_sent_with_each_call_and_kept_by_none(api, served_api):
         with pytest.raises(ApiError) as refusal:
             await client.models(key)
         assert refusal.value.wants_key and refusal.value.code == "invalid_api_key"
-        assert await client.generations(key) == {}
 
 
-async def test_health_is_readiness(api, served_api):
+async def test_health_says_why_requests_are_not_taken(api, served_api):
     client = Client(served_api[1])
-    assert await client.is_ready()
+    assert await client.why_not_ready() is None
     api.is_ready = False
-    assert not await client.is_ready()
+    assert "being loaded" in await client.why_not_ready()
 
 
 @pytest.mark.usefixtures("api")
@@ -70,7 +69,7 @@ async def test_a_chat_streams_pieces_then_the_count(served_api):
 async def test_nobody_there_is_an_error_that_names_the_address():
     client = Client("http://127.0.0.1:9")
     with pytest.raises(ApiError, match=r"No server answers at http://127.0.0.1:9"):
-        await client.is_ready()
+        await client.why_not_ready()
     with pytest.raises(ApiError, match="No server answers"):
         await collect(client.complete("guanaco", "x", Sampling(), None))
 

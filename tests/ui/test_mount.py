@@ -22,7 +22,6 @@ def test_unknown_paths_stay_the_apis(http):
     assert http.get("/openapi.json").json()["paths"].keys() == {
         "/health",
         "/v1/models",
-        "/v1/adapters",
         "/v1/chat/completions",
         "/v1/completions",
     }
