@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from engine.checkpoint import Checkpoint
+from engine.errors import CheckpointError
 from engine.json_fields import Fields
 from engine.memory import quantized_bytes
 from engine.model_config import DTYPES
@@ -50,13 +51,24 @@ class StoredWeight:
         )
 
     def read(self, checkpoint: Checkpoint) -> QuantizedWeight:
-        """Bring it into memory, still packed."""
+        """Bring it into memory, still packed.
+
+        Raises:
+            CheckpointError: it cannot be read, or its scales are no finite numbers.
+        """
         packed = checkpoint.read(self.packed_name).reshape(-1).view(torch.uint8)
         absmax = checkpoint.read(self.parts["absmax"]).reshape(-1)
         nested_absmax = nested_offset = None
         if self.nested_offset is not None:
             nested_absmax = checkpoint.read(self.parts["nested_absmax"]).reshape(-1)
             nested_offset = torch.tensor(self.nested_offset, dtype=torch.float32)
+        scales = absmax if nested_absmax is None else nested_absmax
+        if not scales.isfinite().all():
+            info = checkpoint.tensors[self.packed_name]
+            raise CheckpointError(
+                f"{info.file}: tensor {self.packed_name}: its scales hold NaN or infinity. "
+                f"The checkpoint is damaged; download it again."
+            )
         return QuantizedWeight(
             packed=packed,
             absmax=absmax,

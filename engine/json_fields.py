@@ -31,7 +31,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         ) from error
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not valid JSON: {error}. Download the file again."
         ) from error

@@ -46,7 +46,9 @@ def stored_quantization(config_path: Path, config: dict[str, Any]) -> bool:
     is_8bit = settings.get("load_in_8bit", settings.get("_load_in_8bit", False))
     # Early files have no quant_method: then load_in_4bit or load_in_8bit names bitsandbytes.
     method = settings.get("quant_method", "bitsandbytes" if is_4bit or is_8bit else None)
-    if method != "bitsandbytes" or is_8bit or not is_4bit:
+    if method == "bitsandbytes" and not is_4bit and not is_8bit:
+        return False  # left behind in a copy that was dequantised
+    if method != "bitsandbytes" or is_8bit:
         found = f"{method} with load_in_8bit" if is_8bit else str(method)
         raise CheckpointError(
             f"{config_path}: quantization_config: found quant_method {found}; supported is "

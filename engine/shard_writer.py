@@ -8,6 +8,7 @@ aligned for readers that map it.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         for name in order:
             flat = tensors[name].detach().contiguous().reshape(-1)
             stream.write(flat.view(torch.uint8).numpy().data)
+        # Before the folder gets its name: after a power cut a file must be whole or not there.
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 class ShardWriter:

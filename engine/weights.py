@@ -119,7 +119,7 @@ def load_model(
             if writer is not None:
                 writer.add(name, value)
             if isinstance(value, QuantizedWeight) and quantization == "none":
-                value = dequantize_4bit(value)
+                value = dequantize_4bit(value, dtype)
             model.set_tensor(name, value)
             del value
         model.finish()

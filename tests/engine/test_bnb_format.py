@@ -140,3 +140,22 @@ def test_other_quantisations_are_refused_by_name(settings, found, tmp_path):
     with pytest.raises(CheckpointError, match=found) as caught:
         load(tmp_path / "model")
     assert "config.json" in str(caught.value) and "16-bit original" in str(caught.value)
+
+
+def test_scales_that_are_no_numbers_are_refused(four_bit, tmp_path):
+    shutil.copytree(four_bit, tmp_path / "model")
+
+    def change(tensors):
+        tensors[f"{WEIGHT}.nested_absmax"][0] = float("inf")
+
+    rewrite(tmp_path / "model", change)
+    with pytest.raises(CheckpointError, match=f"tensor {WEIGHT}: its scales hold NaN or infinity"):
+        load(tmp_path / "model")
+
+
+def test_leftover_settings_of_a_dequantised_copy_are_no_quantisation(tmp_path):
+    save_model(tmp_path / "model", "llama")
+    path = tmp_path / "model" / "config.json"
+    left = {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": left}))
+    assert load(tmp_path / "model").quantization == "nf4"
