@@ -109,9 +109,7 @@ class GrammarCompiler:
         source = _grammar_text(spec)
         with self._lock:
             if self._tokenizer is None:
-                self._tokenizer = _load_tokenizer(
-                    self._folder, self._vocab_size, self._eos_token_ids
-                )
+                self._tokenizer = _load_tokenizer(self._folder, self._eos_token_ids)
         matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=_limits())
         grammar = Grammar(spec, matcher, self._tokenizer.vocab_size, self._vocab_size)
         # The first mask builds the automata that every request starts with: here, off the step.
@@ -311,7 +309,7 @@ def _byte_tokenizer() -> Any:
     """256 bytes and an end: enough to try a grammar out."""
     tokens = [bytes([i]) for i in range(256)] + [b"<eos>"]
     return _llguidance().LLTokenizer(
-        _llguidance().TokenizerWrapper(_Vocabulary(tokens, [256], 256, None, list))
+        _llguidance().TokenizerWrapper(_Vocabulary(tokens, [256], 256, list))
     )
 
 
@@ -323,31 +321,30 @@ class _Vocabulary:
         tokens: list[bytes],
         special_ids: list[int],
         eos_id: int,
-        bos_id: int | None,
         encode: Callable[[bytes], list[int]],
     ) -> None:
         self.tokens = tokens
         self.special_token_ids = special_ids
         self.eos_token_id = eos_id
-        self.bos_token_id = bos_id
+        self.bos_token_id = None
         self._encode = encode
 
     def __call__(self, text: bytes) -> list[int]:
         return self._encode(text)
 
 
-def _load_tokenizer(folder: Path, vocab_size: int, eos_token_ids: list[int]) -> Any:
+def _load_tokenizer(folder: Path, eos_token_ids: list[int]) -> Any:
     """llguidance's view of a model's tokenizer.
 
     Raises:
         CheckpointError: the folder has no tokenizer that can be read.
     """
     if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
-        return _from_transformers(folder, vocab_size, eos_token_ids)
+        return _from_transformers(folder, eos_token_ids)
     return _from_sentencepiece(folder / "tokenizer.model", eos_token_ids)
 
 
-def _from_transformers(folder: Path, vocab_size: int, eos_token_ids: list[int]) -> Any:
+def _from_transformers(folder: Path, eos_token_ids: list[int]) -> Any:
     from llguidance import hf
     from transformers import AutoTokenizer
 
@@ -355,10 +352,19 @@ def _from_transformers(folder: Path, vocab_size: int, eos_token_ids: list[int]) 
         tokenizer: Any = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        num_tokens = max(vocab_size, len(tokenizer))
-        return hf.from_tokenizer(tokenizer, n_vocab=num_tokens, eos_token=eos_token_ids or None)
+        theirs = hf.from_tokenizer(tokenizer)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: no tokenizer for structured output: {error}") from error
+    tokens = [theirs.decode_bytes([token_id]) for token_id in range(theirs.vocab_size)]
+    special_ids = {i for i in range(theirs.vocab_size) if theirs.is_special_token(i)}
+    # The library takes every added token in angle brackets for a control token. One that is shown
+    # as text, such as Qwen's <tool_call>, is text: a grammar's "<tool_call>" is this token.
+    for token_id, added in tokenizer.added_tokens_decoder.items():
+        if not added.special and token_id < len(tokens):
+            tokens[token_id] = added.content.encode()
+            special_ids.discard(token_id)
+    eos_token_ids = eos_token_ids or theirs.eos_tokens
+    return _make_tokenizer(tokens, special_ids, eos_token_ids, theirs.tokenize_bytes)
 
 
 # ModelProto.normalizer_spec (field 3) {add_dummy_prefix (3): false, remove_extra_whitespaces (4):
@@ -367,7 +373,6 @@ _PLAIN_NORMALIZER = bytes([3 << 3 | 2, 4, 3 << 3, 0, 4 << 3, 0])
 
 
 def _from_sentencepiece(path: Path, eos_token_ids: list[int]) -> Any:
-    from llguidance import LLTokenizer, TokenizerWrapper
     from sentencepiece import SentencePieceProcessor
 
     try:
@@ -375,7 +380,7 @@ def _from_sentencepiece(path: Path, eos_token_ids: list[int]) -> Any:
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not a SentencePiece model: {error}") from error
     tokens: list[bytes] = []
-    special_ids: list[int] = []
+    special_ids: set[int] = set()
     for token_id in range(len(model)):
         piece = model.id_to_piece(token_id)
         if model.is_byte(token_id):
@@ -383,25 +388,43 @@ def _from_sentencepiece(path: Path, eos_token_ids: list[int]) -> Any:
             continue
         tokens.append(piece.replace("▁", " ").encode())
         if model.is_control(token_id) or model.is_unknown(token_id) or model.is_unused(token_id):
-            special_ids.append(token_id)
-    id_of = {token: i for i, token in enumerate(tokens) if i not in special_ids}
-    longest = max(map(len, tokens))
+            special_ids.add(token_id)
 
     def encode(text: bytes) -> list[int]:
         token_ids: list[int] = model.encode(text.decode("utf-8"))
-        if b"".join(tokens[i] for i in token_ids) == text:
+        return token_ids
+
+    return _make_tokenizer(tokens, special_ids, eos_token_ids or [model.eos_id()], encode)
+
+
+def _make_tokenizer(
+    tokens: list[bytes],
+    special_ids: set[int],
+    eos_token_ids: list[int],
+    encode: Callable[[bytes], list[int]],
+) -> Any:
+    """llguidance's tokenizer from the bytes of every token, those that are no text, and how the
+    model's own tokenizer writes a text."""
+    ids = {token: i for i, token in enumerate(tokens) if token and i not in special_ids}
+    longest = max(map(len, ids))
+
+    def encode_exactly(text: bytes) -> list[int]:
+        """What a grammar forces, byte for byte; the model's way where that keeps the text."""
+        token_ids = encode(text)
+        is_kept = b"".join(tokens[i] for i in token_ids) == text
+        if is_kept and special_ids.isdisjoint(token_ids):
             return token_ids
-        # The model's normaliser rewrites this text. What a grammar forces must come out as it is.
         token_ids, start = [], 0
-        while start < len(text):
+        while start < len(text):  # a normaliser rewrites it: the longest tokens that fit
             ends = range(min(start + longest, len(text)), start, -1)
-            end = next((end for end in ends if text[start:end] in id_of), None)
+            end = next((end for end in ends if text[start:end] in ids), None)
             if end is None:
                 break
-            token_ids.append(id_of[text[start:end]])
+            token_ids.append(ids[text[start:end]])
             start = end
         return token_ids
 
-    eos_token_ids = eos_token_ids or [model.eos_id()]
-    vocabulary = _Vocabulary(tokens, special_ids, eos_token_ids[0], model.bos_id(), encode)
-    return LLTokenizer(TokenizerWrapper(vocabulary), eos_token=eos_token_ids)
+    llguidance = _llguidance()
+    vocabulary = _Vocabulary(tokens, sorted(special_ids), eos_token_ids[0], encode_exactly)
+    wrapped = llguidance.TokenizerWrapper(vocabulary)
+    return llguidance.LLTokenizer(wrapped, eos_token=eos_token_ids)

@@ -9,7 +9,15 @@ import jsonschema
 import pytest
 import sentencepiece
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 import engine.grammar
@@ -435,3 +443,29 @@ def test_hostile_grammars_are_refused_or_followed_in_bounded_time(one_compiler, 
     except GrammarError as error:
         assert len(str(error)) < 2500
     assert time.perf_counter() - started < 60  # a guard against hanging, not a measurement
+
+
+@pytest.mark.parametrize("is_special", [False, True])
+def test_an_added_token_is_text_exactly_when_it_is_shown_as_text(tmp_path, is_special):
+    """Qwen's <tool_call> is one ordinary token; a control token of that name must not be used."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["</s>"])
+    added = AddedToken("<call>", special=is_special, normalized=False)
+    (tokenizer.add_special_tokens if is_special else tokenizer.add_tokens)([added])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(tmp_path)
+    compiler = GrammarCompiler(tmp_path, 258, [256])
+
+    spec = GrammarSpec(kind="lark", source='start: "<call>" | TEXT "<call>!"\nTEXT: /x+/')
+    matcher = compiler.submit(spec).result(timeout=60).matcher()
+    ordinary = {tokenizer.token_to_id(char) for char in "<x"}
+    assert set(allowed_ids(matcher, 258)) == ordinary | (set() if is_special else {257})
+    for char in "x<call>!" if is_special else "x":
+        matcher.accept(tokenizer.token_to_id(char))
+    if not is_special:
+        matcher.accept(257)
+        matcher.accept(tokenizer.token_to_id("!"))
+    assert matcher.is_finished()
+    compiler.close()
