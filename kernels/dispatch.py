@@ -12,7 +12,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 TOKEN_TILE = 16
 """Rows of every matrix product: one shape for every batch, so a token's sums have one order."""
@@ -40,11 +42,12 @@ def unregister(operation: str, name: str) -> None:
     _implementations[operation] = [i for i in _implementations[operation] if i.name != name]
 
 
-def dispatch(operation: str, reference: Callable[..., Any], *args: Any) -> Any:
+def dispatch(operation: str, reference: Callable[..., Result], *args: Any) -> Result:
     """Run the first registered implementation that accepts the arguments, else the reference."""
     for implementation in _implementations.get(operation, ()):
         if not reference_only() and implementation.accepts(*args):
-            return implementation.run(*args)
+            result: Result = implementation.run(*args)
+            return result
     return reference(*args)
 
 

@@ -55,6 +55,7 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if len(padded) == TOKEN_TILE:
         return functional.linear(padded, weight, bias)[:num_tokens]
     out = x.new_empty(len(padded), weight.shape[0])
-    for tile, rows in zip(padded.split(TOKEN_TILE), out.split(TOKEN_TILE), strict=True):
-        rows.copy_(functional.linear(tile, weight, bias))
+    for start in range(0, len(padded), TOKEN_TILE):
+        tile = slice(start, start + TOKEN_TILE)
+        out[tile] = functional.linear(padded[tile], weight, bias)
     return out[:num_tokens]

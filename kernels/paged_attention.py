@@ -132,7 +132,7 @@ def paged_attention_reference(
     """paged_attention in plain PyTorch: several decodes at a time, prompt chunks one by one."""
     num_kv_heads, head_dim = k_cache.shape[2:]
     group = q.shape[1] // num_kv_heads
-    queries = q.unflatten(1, (num_kv_heads, group))  # [num_tokens, num_kv_heads, group, head_dim]
+    queries = q.view(len(q), num_kv_heads, group, head_dim)
     out = torch.empty(queries.shape, dtype=q.dtype, device=q.device)
     bounds, lens = cu_seqlens_q.tolist(), context_lens.tolist()
     num_new = [stop - start for start, stop in pairwise(bounds)]
@@ -168,7 +168,8 @@ def paged_attention_reference(
             limits = visible([(first, first + num_queries - 1)])
             missing = (0, 0) * 3 + (0, num_tiles * tile - num_queries)
             tiles = functional.pad(queries[start : start + num_queries], missing)
-            tiles = tiles.unflatten(0, (num_tiles, tile)).permute(2, 0, 1, 3, 4).flatten(2, 3)
+            tiles = tiles.view(num_tiles, tile, num_kv_heads, group, head_dim)
+            tiles = tiles.permute(2, 0, 1, 3, 4).flatten(2, 3)
             for head in range(0, num_kv_heads, heads_at_once):
                 heads = slice(head, head + heads_at_once)
                 attended = _attend(
@@ -176,7 +177,7 @@ def paged_attention_reference(
                     positions, limits, k_cache[:, :, heads], v_cache[:, :, heads],
                     block_tables[seq : seq + 1], scale, sliding_window,
                 )  # fmt: skip
-                by_query = attended[0].unflatten(2, (tile, group)).flatten(1, 2)[:, :num_queries]
+                by_query = attended.reshape(-1, num_tiles * tile, group, head_dim)[:, :num_queries]
                 out[start : start + num_queries, heads] = by_query.transpose(0, 1)
     return out.flatten(1, 2)
 
