@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import tempfile
 import time
@@ -116,7 +117,7 @@ def main() -> None:
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     report = {
         "command": "python -m bench.load_memory",
-        "machine": f"{platform.machine()}, {platform.system()} {platform.release()}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         "torch": torch.__version__,
         "model_bytes": size,
         "results": results,

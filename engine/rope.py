@@ -71,7 +71,10 @@ def read_rope(config: Fields, max_position_embeddings: int) -> RopeSpec:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in SUPPORTED_ROPE_TYPES:
         field = "type" if scaling.get("rope_type") is None else "rope_type"
-        scaling.problem(field, f"one of {', '.join(SUPPORTED_ROPE_TYPES)}", found=kind)
+        supported = (
+            f"one of {', '.join(SUPPORTED_ROPE_TYPES)}; without it the trained length is served"
+        )
+        scaling.problem(field, supported, found=kind)
     if kind == "linear":
         return RopeSpec(theta=theta, kind="linear", factor=scaling.number("factor", above=0.0))
     if kind != "llama3":
