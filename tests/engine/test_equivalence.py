@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine.api import GenerateRequest, RequestDelta, SamplingParams
-from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from engine.api import (
+    AdapterRef,
+    GenerateRequest,
+    GrammarSpec,
+    LoadAdapter,
+    RequestDelta,
+    SamplingParams,
+)
+from engine.config import CacheConfig, EngineConfig, LoraConfig, ModelConfig, SchedulerConfig
 from engine.engine import Engine
+from engine.lora import LoraModule, LoraWeights
 from engine.startup import create_engine
 from tests.engine.tiny_models import save_model
 
@@ -34,14 +43,34 @@ def make_engine(folder: Path, **flags) -> Engine:
     """An engine on the CPU; flags of the scheduler and the cache by name."""
     scheduler = {"max_num_seqs": 20, "max_num_batched_tokens": 256}
     cache: dict[str, object] = {"block_size": 4}
+    max_loras = flags.pop("max_loras", 2)
     for name, value in flags.items():
         (scheduler if name in scheduler else cache)[name] = value
     config = EngineConfig(
         model=ModelConfig(base=str(folder), quantization="none", device="cpu"),
         cache=CacheConfig(**cache),
         scheduler=SchedulerConfig(**scheduler),
+        lora=LoraConfig(max_loras=max_loras),
     )
-    return create_engine(config, folder, None, lambda *_: None)[0]
+    return create_engine(config, folder, random_adapter, lambda *_: None)[0]
+
+
+def random_adapter(ref: AdapterRef) -> LoraWeights:
+    """Rank uid + generation, on two of tiny Llama's layers; strong enough to change the text."""
+    generator = torch.Generator().manual_seed(10 * ref.uid + ref.generation)
+
+    def module(out_features: int, in_features: int) -> LoraModule:
+        rank = ref.uid + ref.generation
+        return LoraModule(
+            a=0.3 * torch.randn(rank, in_features, generator=generator),
+            b=0.3 * torch.randn(out_features, rank, generator=generator),
+        )
+
+    modules = {
+        "model.layers.0.self_attn.q_proj": module(64, 64),
+        "model.layers.1.mlp.down_proj": module(64, 112),
+    }
+    return LoraWeights(modules=modules)
 
 
 def run(engine: Engine, requests: list[GenerateRequest]) -> dict[str, list[RequestDelta]]:
@@ -52,16 +81,19 @@ def run(engine: Engine, requests: list[GenerateRequest]) -> dict[str, list[Reque
         for delta in engine.step().deltas:
             deltas[delta.request_id].append(delta)
         engine.check_integrity()
-    assert all(found[-1].error is None for found in deltas.values())
+    errors = [found[-1].error for found in deltas.values() if found[-1].error is not None]
+    assert errors == []
     return deltas
 
 
-def request(number: int, num_tokens: int = 24, **params) -> GenerateRequest:
+def request(number: int, num_tokens: int = 24, adapter=None, scale=1.0, **params):
     params = {"temperature": 0.0, "ignore_eos": True, **params}
     return GenerateRequest(
         request_id=f"r{number}",
         prompt_token_ids=tuple(PROMPTS[number]),
         params=SamplingParams(max_tokens=num_tokens, **params),
+        adapter=adapter,
+        lora_scale=scale,
     )
 
 
@@ -158,3 +190,75 @@ def test_a_16_bit_cache_serves_a_32_bit_model(models):
     assert engine._runner.kv_caches[0][0].dtype == torch.bfloat16
     exact = texts(run(make_engine(folder), [request(2)]))["r2"]
     assert texts(run(engine, [request(2)]))["r2"][0] == exact[0]
+
+
+def test_adapters_mixed_in_a_batch_and_more_of_them_than_rows_say_what_each_says_alone(models):
+    folder, _ = models["llama"]
+    refs = [
+        AdapterRef(uid=uid, generation=generation, name=f"a{uid}", path="")
+        for uid, generation in ((1, 1), (1, 2), (2, 1), (3, 1), (4, 1))
+    ]
+    choices = [(None, 1.0), *((ref, scale) for ref in refs for scale in (1.0, 0.5))]
+    asked = [request(number, 12, *choices[number % len(choices)]) for number in range(len(PROMPTS))]
+    mixed = texts(run(make_engine(folder, max_loras=2), asked))
+    plain = texts(run(make_engine(folder), [request(1, 12)]))
+    assert mixed["r1"] != plain["r1"], "the adapters must have an effect"
+    engine = make_engine(folder, max_loras=2)
+    for one in asked:
+        assert texts(run(engine, [one])) == {one.request_id: mixed[one.request_id]}
+    assert engine._pool.num_evictions > 0
+
+
+def test_a_scale_of_zero_is_the_base(models):
+    folder, _ = models["llama"]
+    ref = AdapterRef(uid=1, generation=1, name="a", path="")
+    engine = make_engine(folder)
+    off = texts(run(engine, [request(2, adapter=ref, scale=0.0)]))
+    assert off == texts(run(engine, [request(2)]))
+
+
+def test_a_pinned_adapter_stays_while_others_come_and_go(models):
+    folder, _ = models["llama"]
+    engine = make_engine(folder, max_loras=2)
+    refs = [AdapterRef(uid=uid, generation=1, name=f"a{uid}", path="") for uid in range(1, 6)]
+    engine.adapters.load(LoadAdapter(command_id=1, ref=refs[0], pinned=True))
+    replies = []
+    while not replies:
+        engine.step()
+        replies = engine.adapters.take_replies()
+    assert replies[0].error is None and replies[0].num_bytes > 0
+    for number, ref in enumerate(refs[1:]):
+        run(engine, [request(number, 4, adapter=ref)])
+        assert (1, 1) in engine._pool.resident
+
+
+def test_a_regular_expression_is_followed_token_by_token(models):
+    """The tokenizer: one character per token, made here."""
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import ByteLevel
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    folder, _ = models["llama"]
+    letters = ["<unk>", "<s>", "</s>", *(chr(33 + i) for i in range(94))]
+    vocab = {letter: index for index, letter in enumerate(letters)}
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    tokenizer.decoder = ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    engine = make_engine(folder)
+    grammar = GrammarSpec(kind="regex", source="[ab]{3}c[0-9]{2,4}")
+    asked = [
+        request(number, 20, grammar=grammar, ignore_eos=False, temperature=1.0, seed=number)
+        for number in range(6)
+    ]
+    found = run(engine, [*asked, request(9)])
+    for number in range(6):
+        deltas = found[f"r{number}"]
+        assert deltas[-1].finish_reason == "stop"
+        tokens = [letters[t] for d in deltas for t in d.token_ids if t != 2]
+        assert re.fullmatch("[ab]{3}c[0-9]{2,4}", "".join(tokens))
+    assert texts(found)["r9"] == texts(run(engine, [request(9)]))["r9"]
