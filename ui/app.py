@@ -111,6 +111,8 @@ def page_theme() -> gr.themes.Base:
         neutral_hue="slate",
         font=[gr.themes.Font(name) for name in ("system-ui", "Segoe UI", "Roboto", "sans-serif")],
         font_mono=[gr.themes.Font(name) for name in ("ui-monospace", "Consolas", "monospace")],
+    ).set(  # the default grey is too faint for small print
+        body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400"
     )
 
 
@@ -147,8 +149,8 @@ def _view(*titles: str, autofocus: bool = False) -> View:
                     gr.Chatbot(
                         label=f"{title}: conversation",
                         show_label=False,
-                        height="58vh",
-                        min_height=240,
+                        height=None,  # page.css fits it to the window
+                        elem_classes="herd-chat",
                         editable="user",
                         buttons=["copy"],
                         placeholder="Ask something.",
@@ -158,7 +160,7 @@ def _view(*titles: str, autofocus: bool = False) -> View:
     box = gr.Textbox(
         label="Message",
         show_label=False,
-        placeholder="Write a message. Shift+Enter: new line",
+        placeholder="Write a message",
         max_lines=8,
         submit_btn="Send",
         autofocus=autofocus,

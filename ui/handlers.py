@@ -27,8 +27,8 @@ Updates = dict[Any, Any]
 WANTS_KEY = "This server asks for an API key."
 WAITING = '<span class="herd-waiting">{} This page goes on as soon as the server is ready.</span>'
 TOY = (
-    "<b>This is the demo model, a toy.</b> It has a few million parameters and knows what a small "
-    "corpus taught it; it is here so that everything can be tried without a download."
+    "<b>This is the demo model, a toy</b> that learnt from a small corpus, so that everything can "
+    "be tried without a download. It is often wrong."
 )
 
 

@@ -37,8 +37,9 @@ def browser():
         browser.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def context(browser):
+    # One for all tests, so that the page's files come from its cache; the page keeps no cookies.
     context = browser.new_context(viewport={"width": 1200, "height": 900})
     context.set_default_timeout(10_000)
     yield context
@@ -58,6 +59,7 @@ def page(context, served_api):
     page.goto(url)
     expect(picker(page, "Who answers")).to_have_value(re.compile("guanaco"))
     yield page
+    page.close()
     assert hosts - {""} == {urlsplit(url).netloc}  # "" is the host of data: addresses
     assert errors == []
 
