@@ -63,7 +63,7 @@ def _check(request: Request, keys: Sequence[str]) -> None:
             "This route needs an API key. Send it as 'Authorization: Bearer KEY'.",
             code="missing_api_key",
         )
-    found = given.strip().encode("utf-8", "surrogateescape")
+    found = given.strip().encode("latin-1")  # the bytes, as Starlette decoded them
     # Every key is compared, in constant time: the time taken says nothing about any of them.
     matches = [hmac.compare_digest(found, key.encode()) for key in keys]
     if not any(matches):

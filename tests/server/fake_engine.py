@@ -1,4 +1,4 @@
-"""Stand-ins for tests: a tokenizer of bytes, an engine that answers by script, adapters without files."""
+"""Stand-ins: a tokenizer of bytes, an engine that answers by script, adapters without files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 from adapters.format import AdapterInfo
 from adapters.registry import Generation
@@ -58,7 +59,7 @@ class FakeEngine:
 
     answer: Callable[[GenerateRequest], str | bytes] = lambda request: "Hello, wörld!"  # noqa: ARG005
     state: str = "ready"
-    stats: EngineStats = EngineStats()
+    stats: EngineStats = field(default_factory=EngineStats)
     progress: LoadProgress | None = None
     num_restarts: int = 0
     max_model_len: int = 512
@@ -124,9 +125,8 @@ class FakeEngine:
                 error = ErrorInfo(code="engine_restarting", message="The engine worker ended.")
                 yield RequestDelta(request_id=request_id, finish_reason="error", error=error)
                 return
-            is_stop = (
-                token_id == EOS and not params.ignore_eos
-            ) or token_id in params.stop_token_ids
+            is_eos = token_id == EOS and not params.ignore_eos
+            is_stop = is_eos or token_id in params.stop_token_ids
             is_last = position + 1 == params.max_tokens
             logprobs = None
             if params.logprobs is not None:
@@ -162,9 +162,9 @@ class FakeEngine:
 
 def adapter_info(**changes: object) -> AdapterInfo:
     fields: dict[str, object] = {
-        "rank": 8, "alpha": 16.0, "targets": ("q_proj",), "num_bytes": 100, "task_type": "CAUSAL_LM",
-        "base_model": "base", "has_score_head": False, "chat_template": None, "fingerprint": None,
-        "is_guanaco": False,
+        "rank": 8, "alpha": 16.0, "targets": ("q_proj",), "num_bytes": 100,
+        "task_type": "CAUSAL_LM", "base_model": "base", "has_score_head": False,
+        "chat_template": None, "fingerprint": None, "is_guanaco": False,
     }  # fmt: skip
     return AdapterInfo(**{**fields, **changes})  # type: ignore[arg-type]
 
@@ -172,7 +172,8 @@ def adapter_info(**changes: object) -> AdapterInfo:
 def build_state(engine: FakeEngine | None = None, **config: object) -> ServerState:
     engine = engine or FakeEngine()
     metrics = Metrics("base")
-    adapters = Adapters(SimpleNamespace(), engine, metrics, reserved_names=("base",))  # type: ignore[arg-type]
+    spec: Any = SimpleNamespace()
+    adapters = Adapters(spec, engine, metrics, reserved_names=("base",))
     return ServerState(
         config=ServerConfig(**config),  # type: ignore[arg-type]
         engine=engine,
