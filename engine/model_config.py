@@ -79,6 +79,12 @@ class ModelSpec:
         return _read_spec(Fields(config_path, config), architecture, generation)
 
     @property
+    def max_context_len(self) -> int:
+        """Tokens the model was made for; linear scaling stretches the positions by its factor."""
+        stretch = self.rope.factor if self.rope.kind == "linear" else 1.0
+        return int(self.max_position_embeddings * stretch)
+
+    @property
     def embedding_shape(self) -> tuple[int, int]:
         return (self.vocab_size, self.hidden_size)
 

@@ -45,7 +45,7 @@ def create_engine(
     device = _device(config)
     loaded = load_model(config.model, folder, device, progress)
     spec, model = loaded.spec, loaded.model
-    max_model_len = _max_model_len(config, spec.max_position_embeddings)
+    max_model_len = _max_model_len(config, spec.max_context_len)
     pool = LoraPool(
         config.lora,
         model,
@@ -117,7 +117,7 @@ def _max_model_len(config: EngineConfig, trained_len: int) -> int:
     if asked is not None and asked > trained_len:
         raise EngineError(
             f"--max-model-len {asked}: this model was made for {trained_len} tokens "
-            f"(max_position_embeddings). "
+            f"(max_position_embeddings, times the factor of a linear rope scaling). "
             f"Ask for at most {trained_len}."
         )
     return asked or trained_len

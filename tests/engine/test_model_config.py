@@ -102,6 +102,15 @@ def test_llama3_frequencies_equal_transformers_at_full_size():
     assert scale == 1.0
 
 
+def test_linear_scaling_stretches_the_context(tmp_path):
+    linear = {**LLAMA2, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    assert read(tmp_path, linear).max_context_len == 16384
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3["original_max_position_embeddings"] = 2048
+    # Such configs give the stretched length already.
+    assert read(tmp_path, {**LLAMA2, "rope_scaling": llama3}).max_context_len == 4096
+
+
 def test_windows_follow_the_architecture(tmp_path):
     mistral = {**LLAMA2, "architectures": ["MistralForCausalLM"], "sliding_window": 4096}
     assert read(tmp_path, mistral).sliding_windows == (4096,) * 32
