@@ -17,7 +17,7 @@ from engine.model_config import ModelSpec
 from kernels.fused import add_rms_norm, apply_rotary, rms_norm, silu_and_mul
 from kernels.linear import linear
 from kernels.nf4 import QuantizedWeight
-from kernels.nf4_linear import nf4_linear
+from kernels.nf4_linear import nf4_linear, prepare_weight
 from kernels.paged_attention import paged_attention, write_kv_cache
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class FusedLinear:
     ) -> None:
         """Take one slice's weight: dense ones are copied into the stack, 4-bit ones kept."""
         if isinstance(weight, QuantizedWeight):
-            part.weight = weight.to(device)
+            part.weight = prepare_weight(weight.to(device))
             return
         if len(self.slices) == 1:
             part.weight = weight.to(device)

@@ -3,7 +3,9 @@
 Each operation's file holds its argument checks and its PyTorch reference, which is the definition
 of correct and takes any arguments on any device. A faster implementation is registered under the
 name of the operation, with a function that accepts or declines the arguments; the first that
-accepts runs, else the reference. HERD_KERNELS=reference turns all but the references off.
+accepts runs, else the reference. HERD_KERNELS=reference turns all but the references off;
+HERD_NATIVE_ISA=avx2 (for example) chooses the instruction set of the native CPU kernels, which is
+the best that the machine has by default, and none turns these off.
 """
 
 from __future__ import annotations
@@ -44,11 +46,22 @@ def unregister(operation: str, name: str) -> None:
 
 def dispatch(operation: str, reference: Callable[..., Result], *args: Any) -> Result:
     """Run the first registered implementation that accepts the arguments, else the reference."""
+    _register_all()
     for implementation in _implementations.get(operation, ()):
         if not reference_only() and implementation.accepts(*args):
             result: Result = implementation.run(*args)
             return result
     return reference(*args)
+
+
+@cache
+def _register_all() -> None:
+    """Let those that bring faster implementations register them, at the first call of any."""
+    choice = os.environ.get("HERD_NATIVE_ISA", "auto")
+    if not reference_only() and choice != "none":
+        from kernels.native.register import register_native  # needs this module
+
+        register_native(choice)
 
 
 @cache

@@ -10,7 +10,7 @@ Source  QLoRA, arXiv:2305.14314, section 3; the order of rounding is bitsandbyte
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from kernels.codebooks import DYNAMIC_MAP, QuantType, codebook
 from kernels.dispatch import check, dispatch
+from kernels.layout import Layout, relayout
 
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
@@ -49,6 +50,8 @@ class QuantizedWeight:
     """The original weight's, and what dequantising returns unless told otherwise."""
     quant_type: QuantType = "nf4"
     group_size: int = 64
+    layout: Layout = "stock"
+    """The order of packed's bytes: the checkpoint's, or what a kernel likes better."""
 
     def __post_init__(self) -> None:
         codebook(self.quant_type)
@@ -93,8 +96,14 @@ class QuantizedWeight:
             packed=self.packed.to(device), absmax=self.absmax.to(device),
             nested_absmax=nested_absmax, nested_offset=nested_offset,
             shape=self.shape, dtype=self.dtype,
-            quant_type=self.quant_type, group_size=self.group_size,
+            quant_type=self.quant_type, group_size=self.group_size, layout=self.layout,
         )  # fmt: skip
+
+    def in_layout(self, layout: Layout) -> QuantizedWeight:
+        """The same weight with its codes in another order; scales are shared."""
+        if layout == self.layout:
+            return self
+        return replace(self, packed=relayout(self.packed, self.shape, layout), layout=layout)
 
 
 def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -230,6 +239,7 @@ def dequantize_4bit(weight: QuantizedWeight, dtype: torch.dtype | None = None) -
 
 def dequantize_4bit_reference(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """dequantize_4bit in plain PyTorch: two values looked up per byte, a chunk at a time."""
+    weight = weight.in_layout("stock")
     pairs = _pairs_of_bytes(weight.quant_type, weight.device)
     absmax = decode_absmax(weight)
     numel, group_size = weight.numel, weight.group_size

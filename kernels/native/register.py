@@ -1,0 +1,34 @@
+"""Loads the native kernels, tries each on a small random case, and registers what agrees."""
+
+from __future__ import annotations
+
+import logging
+
+from kernels.dispatch import Implementation, register
+from kernels.native.build import BuildError
+
+logger = logging.getLogger(__name__)
+
+OPERATIONS = ("relayout", "prepare_weight", "dequantize_4bit", "nf4_linear", "linear")
+
+
+def register_native(instruction_set: str) -> None:
+    """Register the native operations; where that is impossible, say why once and do without.
+
+    Args:
+        instruction_set: as kernels/native/library.py's load takes it.
+
+    Raises:
+        ValueError: an instruction set was asked for that this machine has not.
+    """
+    from kernels.native.library import load
+    from kernels.native.operations import NativeOperations
+
+    try:
+        operations = NativeOperations(load(instruction_set))
+    except (BuildError, OSError) as error:
+        logger.warning("Native CPU kernels are off, PyTorch is used, which is slower: %s", error)
+        return
+    for name in OPERATIONS:
+        run, accepts = getattr(operations, name), getattr(operations, f"accepts_{name}")
+        register(name, Implementation("native", run, accepts))

@@ -1,0 +1,122 @@
+// The library's entry points, and the choice of the instruction set.
+#include <string.h>
+
+#include "api.h"
+#include "pool.h"
+
+#define HERD_DECLARE(isa) \
+  namespace isa {         \
+  extern const herd::Kernels kernels; \
+  }
+HERD_BUILT_SETS(HERD_DECLARE)
+
+namespace herd {
+
+const float* dynamic_map = nullptr;
+
+namespace {
+
+const Kernels* const kBuilt[] = {
+#define HERD_ADDRESS(isa) &isa::kernels,
+    HERD_BUILT_SETS(HERD_ADDRESS)};
+const Kernels* chosen = nullptr;
+
+bool can_run(const char* name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  if (!strcmp(name, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (!strcmp(name, "avx512")) return avx512;
+  if (!strcmp(name, "avx2")) return avx2;
+#endif
+  return true;  // NEON belongs to every 64-bit ARM
+}
+
+// One group of rows between the checkpoint's layout and ours (linear.h).
+struct Relayout {
+  const uint8_t* from;
+  uint8_t* to;
+  long num_rows, row_bytes;
+  bool is_back;
+};
+
+void relayout_task(void* context, long task) {
+  const Relayout& call = *(const Relayout*)context;
+  const long first = task * 8, rows = call.num_rows - first < 8 ? call.num_rows - first : 8;
+  const uint8_t* from = call.from + first * call.row_bytes;
+  uint8_t* to = call.to + first * call.row_bytes;
+  for (long b = 0; b < call.row_bytes / 32; b++)
+    for (long r = 0; r < rows; r++) {
+      const long stored = r * call.row_bytes + b * 32, ours = (b * rows + r) * 32;
+      if (call.is_back) {
+        const uint8_t* in = from + ours;
+        uint8_t* out = to + stored;
+        for (int i = 0; i < 16; i++) {
+          out[i] = (uint8_t)(in[2 * i] << 4 | (in[2 * i + 1] & 15));
+          out[i + 16] = (uint8_t)((in[2 * i] & 0xf0) | in[2 * i + 1] >> 4);
+        }
+      } else {
+        const uint8_t* in = from + stored;
+        uint8_t* out = to + ours;
+        for (int i = 0; i < 16; i++) {
+          out[2 * i] = (uint8_t)(in[i] >> 4 | (in[i + 16] & 0xf0));
+          out[2 * i + 1] = (uint8_t)((in[i] & 15) | in[i + 16] << 4);
+        }
+      }
+    }
+}
+
+}  // namespace
+}  // namespace herd
+
+#define HERD_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Names of the sets that this machine can run, best first, separated by blanks.
+HERD_EXPORT const char* herd_instruction_sets() {
+  static char names[256];
+  names[0] = 0;
+  for (const herd::Kernels* kernels : herd::kBuilt)
+    if (herd::can_run(kernels->name)) {
+      if (names[0]) strcat(names, " ");
+      strcat(names, kernels->name);
+    }
+  return names;
+}
+
+// 1 if the set is there and can run. dynamic_map: float32 [256], kept.
+HERD_EXPORT int herd_choose(const char* name, const float* dynamic_map) {
+  for (const herd::Kernels* kernels : herd::kBuilt)
+    if (!strcmp(kernels->name, name) && herd::can_run(name)) {
+      herd::chosen = kernels;
+      herd::dynamic_map = dynamic_map;
+      return 1;
+    }
+  return 0;
+}
+
+HERD_EXPORT void herd_set_num_threads(int num_threads) { herd::set_num_threads(num_threads); }
+
+HERD_EXPORT int herd_num_threads() { return herd::num_threads(); }
+
+// Codes of a weight [num_rows, 2 * row_bytes]; from and to do not overlap.
+HERD_EXPORT void herd_relayout(const uint8_t* from, uint8_t* to, long num_rows, long row_bytes,
+                               int is_back) {
+  herd::Relayout call = {from, to, num_rows, row_bytes, is_back != 0};
+  herd::run(herd::relayout_task, &call, (num_rows + 7) / 8);
+}
+
+HERD_EXPORT void herd_linear(int dtype, const herd::Matrix* slices, int num_slices, const void* x,
+                             long num_tokens, void* y, long y_stride) {
+  herd::chosen->linear(dtype, slices, num_slices, x, num_tokens, y, y_stride);
+}
+
+HERD_EXPORT void herd_dequantize(int dtype, const herd::Matrix* matrix, void* out) {
+  herd::chosen->dequantize(dtype, matrix, out);
+}
+
+HERD_EXPORT void herd_read(const void* from, long num_bytes) {
+  herd::chosen->read(from, num_bytes);
+}

@@ -1,0 +1,439 @@
+// Products of tokens with weight rows, 4-bit or dense: y[t][n] = sum over k of x[t][k] w[n][k].
+//
+// 4-bit layout  Rows in groups of 8 (the last may have fewer). A group's bytes are, for each block of
+//               64 columns, 32 bytes of each of its rows: one stream from beginning to end. Byte i
+//               of the 32 has element i in its low half and element i + 32 in its high half, so a
+//               look-up yields neighbours, in the order of x.
+// Arithmetic    The group's scale is multiplied into the 16 values of the table, which are rounded
+//               to x's dtype: weights are what dequantising gives, to the bit. Sums are float32,
+//               one set of lanes per (token, row), along k from beginning to end, and the lanes are
+//               added at the end. That order is the same for any number of tokens; how many share
+//               a weight's decoding is a matter of speed alone.
+#pragma once
+#include "api.h"
+#include "pool.h"
+#include "simd.h"
+
+namespace HERD_ISA {
+
+constexpr int kRows = 8;         // rows interleaved
+constexpr int kBlock = 64;       // columns of a block
+constexpr int kRowBytes = 32;    // of one row in a block
+constexpr long kPrefetch = 4096; // bytes ahead in the stream
+
+// How weights and activations meet. step: elements of one vector of either.
+template <typename E>
+struct Float32Dot {  // E: the activations' dtype, to which weights are rounded
+  typedef float X;   // activations are widened once per call
+  typedef Vec V;
+  static constexpr int step = Vec::N;
+  static inline V load_x(const float* p) { return load(p); }
+  static inline V load_w(const E* p) { return load(p); }
+  static inline Vec mac(Vec acc, V w, V x) { return fma(w, x, acc); }
+  static inline Table scaled(const Table& table, float scale) {
+    Table out;
+    for (int i = 0; i < 16 / Vec::N; i++) {
+      out.part[i] = table.part[i] * splat(scale);
+      if (sizeof(E) == 2) out.part[i] = round_to_bf16(out.part[i]);
+    }
+    return out;
+  }
+  // Elements v * step .. of a block of one row.
+  static inline V decode(const Table& scaled, const uint8_t* p, int v) {
+    const int start = v * step;
+    return look_up(scaled, p + start % kRowBytes, start < kRowBytes ? 0 : 4);
+  }
+  static inline void keep(E* p, V w) { store(p, w); }
+};
+
+#if defined(__AVX512BF16__)
+struct Bfloat16Dot {
+  typedef bf16 X;
+  typedef __m512bh V;
+  static constexpr int step = 32;
+  static inline V load_x(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static inline V load_w(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static inline Vec mac(Vec acc, V w, V x) { return {_mm512_dpbf16_ps(acc.v, w, x)}; }
+  // 32 entries, the 16 values twice: an index has 5 bits then, and the fifth, the neighbour's, does
+  // not matter.
+  struct Table32 {
+    __m512i v;
+  };
+  static inline Table32 scaled(const Table& table, float scale) {
+    const __m512 values = _mm512_mul_ps(table.part[0].v, _mm512_set1_ps(scale));
+    return {(__m512i)_mm512_cvtne2ps_pbh(values, values)};
+  }
+  static inline V decode(const Table32& scaled, const uint8_t* p, int v) {
+    __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
+    if (v) index = _mm512_srli_epi16(index, 4);
+    return (__m512bh)_mm512_permutexvar_epi16(index, scaled.v);
+  }
+  static inline void keep(bf16* p, V w) { _mm512_storeu_si512(p, (__m512i)w); }
+};
+template <typename E>
+struct Chosen {
+  typedef Float32Dot<E> Dot;
+};
+template <>
+struct Chosen<bf16> {
+  typedef Bfloat16Dot Dot;
+};
+#else
+template <typename E>
+struct Chosen {
+  typedef Float32Dot<E> Dot;
+};
+#endif
+
+static inline Table load_table(const float* codebook) {
+  Table table;
+  for (int i = 0; i < 16 / Vec::N; i++) table.part[i] = load(codebook + i * Vec::N);
+  return table;
+}
+
+// Scales of the blocks of one row: float32 [in / 64].
+static void decode_scales(const herd::Matrix& m, long row, float* scales) {
+  const long blocks = m.in_features / kBlock, repeat = m.group_size / kBlock;
+  const long groups = blocks / repeat, first = row * groups;
+  if (!m.codes) {
+    for (long i = 0; i < blocks; i++) scales[i] = m.nested_absmax[first + i / repeat];
+    return;
+  }
+  for (long i = 0; i < groups;) {
+    const long stop = least(groups, ((first + i) / 256 + 1) * 256 - first);
+    const float nested = m.nested_absmax[(first + i) / 256];
+    for (; i < stop; i++) {
+      const float scale = herd::dynamic_map[m.codes[first + i]] * nested;
+      scales[i] = scale + m.nested_offset;
+    }
+  }
+  if (repeat > 1)
+    for (long i = blocks - 1; i >= 0; i--) scales[i] = scales[i / repeat];
+}
+
+// Sums of T tokens with R rows, straight from the codes.
+template <class Dot, int R, int T>
+static inline void nf4_tile(const uint8_t* codes, long block_stride, const float* scales,
+                            const Table& table, const typename Dot::X* x, long k, Vec* acc) {
+  Vec sums[R][T];
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) sums[r][t] = splat(0.0f);
+  const long blocks = k / kBlock;
+  for (long b = 0; b < blocks; b++) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const auto scaled = Dot::scaled(table, scales[r * blocks + b]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kBlock / Dot::step; v++) {
+        const auto w = Dot::decode(scaled, codes + r * kRowBytes, v);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++)
+          sums[r][t] = Dot::mac(sums[r][t], w, Dot::load_x(x + t * k + b * kBlock + v * Dot::step));
+      }
+    }
+    for (int r = 0; r < R; r += 2) __builtin_prefetch(codes + kPrefetch + r * kRowBytes);
+    codes += block_stride;
+  }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) acc[r * T + t] = sums[r][t];
+}
+
+// The same for rows that are already numbers, row_stride elements apart.
+template <class Dot, typename E, int R, int T>
+static inline void dense_tile(const E* rows, long row_stride, const typename Dot::X* x, long k,
+                              Vec* acc) {
+  Vec sums[R][T];
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) sums[r][t] = splat(0.0f);
+  for (long i = 0; i < k; i += Dot::step) {
+    typename Dot::V w[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) w[r] = Dot::load_w(rows + r * row_stride + i);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++) {
+      const auto activations = Dot::load_x(x + t * k + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) sums[r][t] = Dot::mac(sums[r][t], w[r], activations);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) acc[r * T + t] = sums[r][t];
+}
+
+// Where results go: y[t * stride + n].
+template <typename E>
+struct Output {
+  E* y;
+  long stride;
+  const E* bias;
+  template <int R, int T>
+  inline void write(const Vec* acc, long n, long t) const {
+    for (int r = 0; r < R; r++) {
+      const float offset = bias ? to_float(bias[n + r]) : 0.0f;
+      for (int j = 0; j < T; j++) {
+        const float total = sum(acc[r * T + j]);
+        set(y + (t + j) * stride + n + r, bias ? total + offset : total);
+      }
+    }
+  }
+};
+
+// Rows n .. n + R of a group, all tokens, straight from the codes.
+template <class Dot, typename E, int R, int T>
+static void nf4_rows(const uint8_t* codes, long block_stride, const float* scales,
+                     const Table& table, const typename Dot::X* x, long k, long n, long t,
+                     const Output<E>& out) {
+  Vec acc[R * T];
+  nf4_tile<Dot, R, T>(codes, block_stride, scales, table, x + t * k, k, acc);
+  out.template write<R, T>(acc, n, t);
+}
+
+template <class Dot, typename E, int R, int T>
+static void dense_rows(const E* rows, long row_stride, const typename Dot::X* x, long k, long n,
+                       long t, const Output<E>& out) {
+  Vec acc[R * T];
+  dense_tile<Dot, E, R, T>(rows, row_stride, x + t * k, k, acc);
+  out.template write<R, T>(acc, n, t);
+}
+
+// Registers: AVX-512 and NEON have 32, so 24 sums at a time, AVX2 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 4;
+constexpr int kTileTokens = 6;
+constexpr int kDirectTokens = 6;  // up to so many, weights are not kept decoded
+#else
+constexpr int kTileRows = 2;
+constexpr int kTileTokens = 4;
+constexpr int kDirectTokens = 4;
+#endif
+
+template <class Dot, typename E, int R>
+static void dense_tokens(const E* rows, long row_stride, const typename Dot::X* x, long k, long n,
+                         long t, long count, const Output<E>& out) {
+  switch (count) {
+    case 1: return dense_rows<Dot, E, R, 1>(rows, row_stride, x, k, n, t, out);
+    case 2: return dense_rows<Dot, E, R, 2>(rows, row_stride, x, k, n, t, out);
+    case 3: return dense_rows<Dot, E, R, 3>(rows, row_stride, x, k, n, t, out);
+    case 4: return dense_rows<Dot, E, R, 4>(rows, row_stride, x, k, n, t, out);
+#if defined(__AVX512F__) || defined(__aarch64__)
+    case 5: return dense_rows<Dot, E, R, 5>(rows, row_stride, x, k, n, t, out);
+    case 6: return dense_rows<Dot, E, R, 6>(rows, row_stride, x, k, n, t, out);
+#endif
+  }
+}
+
+// num_rows rows from n on, all tokens.
+template <class Dot, typename E>
+static void dense_panel(const E* rows, long row_stride, const typename Dot::X* x, long k, long n,
+                        long num_rows, long num_tokens, const Output<E>& out) {
+  const long tiles = ceil_div(num_tokens, kTileTokens);
+  for (long tile = 0; tile < tiles; tile++) {
+    const long t = num_tokens * tile / tiles, count = num_tokens * (tile + 1) / tiles - t;
+    long r = 0;
+    for (; r + kTileRows <= num_rows; r += kTileRows)
+      dense_tokens<Dot, E, kTileRows>(rows + r * row_stride, row_stride, x, k, n + r, t, count, out);
+    for (; r < num_rows; r++)
+      dense_tokens<Dot, E, 1>(rows + r * row_stride, row_stride, x, k, n + r, t, count, out);
+  }
+}
+
+template <class Dot, typename E, int R>
+static void nf4_tokens(const uint8_t* codes, long block_stride, const float* scales,
+                       const Table& table, const typename Dot::X* x, long k, long n,
+                       long num_tokens, const Output<E>& out) {
+  switch (num_tokens) {
+    case 1: return nf4_rows<Dot, E, R, 1>(codes, block_stride, scales, table, x, k, n, 0, out);
+    case 2: return nf4_rows<Dot, E, R, 2>(codes, block_stride, scales, table, x, k, n, 0, out);
+    case 3: return nf4_rows<Dot, E, R, 3>(codes, block_stride, scales, table, x, k, n, 0, out);
+  }
+}
+
+template <class Dot, typename E, int R>
+static void nf4_more_tokens(const uint8_t* codes, long block_stride, const float* scales,
+                            const Table& table, const typename Dot::X* x, long k, long n,
+                            long num_tokens, const Output<E>& out) {
+  switch (num_tokens) {
+    case 4: return nf4_rows<Dot, E, R, 4>(codes, block_stride, scales, table, x, k, n, 0, out);
+#if defined(__AVX512F__) || defined(__aarch64__)
+    case 5: return nf4_rows<Dot, E, R, 5>(codes, block_stride, scales, table, x, k, n, 0, out);
+    case 6: return nf4_rows<Dot, E, R, 6>(codes, block_stride, scales, table, x, k, n, 0, out);
+#endif
+  }
+}
+
+// Decodes rows of one group into numbers: E [num_rows, k].
+template <class Dot, typename E>
+static void decode_rows(const uint8_t* codes, long block_stride, const float* scales,
+                        const Table& table, long k, long num_rows, E* out) {
+  const long blocks = k / kBlock;
+  for (long b = 0; b < blocks; b++, codes += block_stride) {
+    for (long r = 0; r < num_rows; r++) {
+      const auto scaled = Dot::scaled(table, scales[r * blocks + b]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kBlock / Dot::step; v++)
+        Dot::keep(out + r * k + b * kBlock + v * Dot::step,
+                  Dot::decode(scaled, codes + r * kRowBytes, v));
+    }
+    __builtin_prefetch(codes + kPrefetch);
+    __builtin_prefetch(codes + kPrefetch + 64);
+    __builtin_prefetch(codes + kPrefetch + 128);
+    __builtin_prefetch(codes + kPrefetch + 192);
+  }
+}
+
+// One call: slices side by side in y, cut into tasks of task_rows rows.
+template <typename E>
+struct LinearCall {
+  const herd::Matrix* slices;
+  int num_slices;
+  const void* x;  // as Dot wants it
+  long num_tokens;
+  E* y;
+  long y_stride;
+  long task_rows;
+};
+
+template <class Dot, typename E>
+static void nf4_task(const LinearCall<E>& call, const herd::Matrix& m, long first, long stop,
+                     E* y) {
+  const long k = m.in_features, blocks = k / kBlock, num_tokens = call.num_tokens;
+  const typename Dot::X* x = (const typename Dot::X*)call.x;
+  const Output<E> out = {y, call.y_stride, (const E*)m.bias};
+  const Table table = load_table(m.codebook);
+  float* scales = (float*)herd::scratch(herd::kScales, kRows * blocks * sizeof(float));
+  const bool direct = num_tokens <= kDirectTokens;
+  E* panel = direct ? nullptr
+                    : (E*)herd::scratch(herd::kPanel, (stop - first) * k * (long)sizeof(E));
+  for (long n = first; n < stop; n += kRows) {
+    const long rows = least(kRows, m.out_features - n);
+    for (long r = 0; r < rows; r++) decode_scales(m, n + r, scales + r * blocks);
+    const uint8_t* codes = (const uint8_t*)m.data + n * (k / 2);
+    const long stride = rows * kRowBytes;
+    if (!direct) {
+      decode_rows<Dot, E>(codes, stride, scales, table, k, rows, panel + (n - first) * k);
+      continue;
+    }
+    long r = 0;
+    if (num_tokens <= 3) {
+      if (rows == kRows && kTileRows == 4) {
+        nf4_tokens<Dot, E, kRows>(codes, stride, scales, table, x, k, n, num_tokens, out);
+        r = kRows;
+      }
+      for (; r + 2 <= rows; r += 2)
+        nf4_tokens<Dot, E, 2>(codes + r * kRowBytes, stride, scales + r * blocks, table, x, k,
+                              n + r, num_tokens, out);
+      for (; r < rows; r++)
+        nf4_tokens<Dot, E, 1>(codes + r * kRowBytes, stride, scales + r * blocks, table, x, k,
+                              n + r, num_tokens, out);
+    } else {
+      for (; r + kTileRows <= rows; r += kTileRows)
+        nf4_more_tokens<Dot, E, kTileRows>(codes + r * kRowBytes, stride, scales + r * blocks,
+                                           table, x, k, n + r, num_tokens, out);
+      for (; r < rows; r++)
+        nf4_more_tokens<Dot, E, 1>(codes + r * kRowBytes, stride, scales + r * blocks, table, x, k,
+                                   n + r, num_tokens, out);
+    }
+  }
+  if (!direct) dense_panel<Dot, E>(panel, k, x, k, first, stop - first, num_tokens, out);
+}
+
+template <class Dot, typename E>
+static void linear_task(void* context, long task) {
+  const LinearCall<E>& call = *(const LinearCall<E>*)context;
+  E* y = call.y;
+  for (int i = 0; i < call.num_slices; i++) {
+    const herd::Matrix& m = call.slices[i];
+    const long tasks = ceil_div(m.out_features, call.task_rows);
+    if (task >= tasks) {
+      task -= tasks;
+      y += m.out_features;
+      continue;
+    }
+    const long first = task * call.task_rows, stop = least(first + call.task_rows, m.out_features);
+    if (m.codebook) return nf4_task<Dot, E>(call, m, first, stop, y);
+    const long k = m.in_features;
+    const Output<E> out = {y, call.y_stride, (const E*)m.bias};
+    return dense_panel<Dot, E>((const E*)m.data + first * k, k, (const typename Dot::X*)call.x, k,
+                               first, stop - first, call.num_tokens, out);
+  }
+}
+
+struct Widening {
+  const void* from;
+  float* to;
+  long size;
+};
+static void widen_task(void* context, long task) {
+  const Widening& call = *(const Widening*)context;
+  const long start = task * 16384, stop = least(start + 16384, call.size);
+  const bf16* from = (const bf16*)call.from;
+  long i = start;
+  for (; i + Vec::N <= stop; i += Vec::N) store(call.to + i, load(from + i));
+  for (; i < stop; i++) call.to[i] = to_float(from[i]);
+}
+
+template <typename X>
+static const X* prepared(const X* x, long) { return x; }
+static const float* prepared_float(const bf16* x, long size) {
+  float* widened = (float*)herd::scratch(herd::kActivations, size * (long)sizeof(float));
+  Widening call = {x, widened, size};
+  herd::run(widen_task, &call, ceil_div(size, 16384));
+  return widened;
+}
+template <class X, typename E>
+struct Prepared {
+  static const X* of(const E* x, long size) { return prepared(x, size); }
+};
+template <>
+struct Prepared<float, bf16> {
+  static const float* of(const bf16* x, long size) { return prepared_float(x, size); }
+};
+
+// x [num_tokens, in_features], contiguous.
+template <typename E>
+static void linear(const herd::Matrix* slices, int num_slices, const E* x, long num_tokens, E* y,
+                   long y_stride) {
+  typedef typename Chosen<E>::Dot Dot;
+  const long k = slices[0].in_features;
+  long rows_in_all = 0;
+  for (int i = 0; i < num_slices; i++) rows_in_all += slices[i].out_features;
+  // About 32 KB of 4-bit codes for a few tokens; for many, a panel that stays in the second cache
+  // while all tokens pass by, but tasks enough for every thread.
+  long task_rows = num_tokens <= kDirectTokens ? 65536 / k : 131072 / k;
+  if (num_tokens > 32) task_rows = 262144 / k;
+  task_rows = least(task_rows, ceil_div(rows_in_all, 4L * herd::num_threads()));
+  task_rows = most(kRows, task_rows / kRows * kRows);
+  LinearCall<E> call = {slices, num_slices, Prepared<typename Dot::X, E>::of(x, num_tokens * k),
+                        num_tokens, y, y_stride, task_rows};
+  long tasks = 0;
+  for (int i = 0; i < num_slices; i++) tasks += ceil_div(slices[i].out_features, task_rows);
+  herd::run(linear_task<Dot, E>, &call, tasks);
+}
+
+template <typename E>
+struct DequantizeCall {
+  const herd::Matrix* m;
+  E* out;
+};
+
+template <typename E>
+static void dequantize_task(void* context, long task) {
+  typedef typename Chosen<E>::Dot Dot;
+  const DequantizeCall<E>& call = *(const DequantizeCall<E>*)context;
+  const herd::Matrix& m = *call.m;
+  const long k = m.in_features, blocks = k / kBlock, n = task * kRows;
+  const long rows = least(kRows, m.out_features - n);
+  float* scales = (float*)herd::scratch(herd::kScales, kRows * blocks * (long)sizeof(float));
+  for (long r = 0; r < rows; r++) decode_scales(m, n + r, scales + r * blocks);
+  decode_rows<Dot, E>((const uint8_t*)m.data + n * (k / 2), rows * kRowBytes, scales,
+                      load_table(m.codebook), k, rows, call.out + n * k);
+}
+
+// out [out_features, in_features].
+template <typename E>
+static void dequantize(const herd::Matrix* m, E* out) {
+  DequantizeCall<E> call = {m, out};
+  herd::run(dequantize_task<E>, &call, ceil_div(m->out_features, kRows));
+}
+
+}  // namespace HERD_ISA
