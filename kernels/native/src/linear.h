@@ -102,62 +102,15 @@ static void decode_scales(const herd::Matrix& m, long row, float* scales) {
   for (long i = 0; i < groups;) {
     const long stop = least(groups, ((first + i) / 256 + 1) * 256 - first);
     const float nested = m.nested_absmax[(first + i) / 256];
-    for (; i < stop; i++) {
-      const float scale = herd::dynamic_map[m.codes[first + i]] * nested;
+    const long start = i;
+    for (; i < stop; i++) scales[i] = herd::dynamic_map[m.codes[first + i]];
+    for (i = start; i < stop; i++) {
+      const float scale = scales[i] * nested;
       scales[i] = scale + m.nested_offset;
     }
   }
   if (repeat > 1)
     for (long i = blocks - 1; i >= 0; i--) scales[i] = scales[i / repeat];
-}
-
-// Sums of T tokens with R rows, straight from the codes.
-template <class Dot, int R, int T>
-static inline void nf4_tile(const uint8_t* codes, long block_stride, const float* scales,
-                            const Table& table, const typename Dot::X* x, long k, Vec* acc) {
-  Vec sums[R][T];
-  for (int r = 0; r < R; r++)
-    for (int t = 0; t < T; t++) sums[r][t] = splat(0.0f);
-  const long blocks = k / kBlock;
-  for (long b = 0; b < blocks; b++) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      const auto scaled = Dot::scaled(table, scales[r * blocks + b]);
-#pragma GCC unroll 16
-      for (int v = 0; v < kBlock / Dot::step; v++) {
-        const auto w = Dot::decode(scaled, codes + r * kRowBytes, v);
-#pragma GCC unroll 8
-        for (int t = 0; t < T; t++)
-          sums[r][t] = Dot::mac(sums[r][t], w, Dot::load_x(x + t * k + b * kBlock + v * Dot::step));
-      }
-    }
-    for (int r = 0; r < R; r += 2) __builtin_prefetch(codes + kPrefetch + r * kRowBytes);
-    codes += block_stride;
-  }
-  for (int r = 0; r < R; r++)
-    for (int t = 0; t < T; t++) acc[r * T + t] = sums[r][t];
-}
-
-// The same for rows that are already numbers, row_stride elements apart.
-template <class Dot, typename E, int R, int T>
-static inline void dense_tile(const E* rows, long row_stride, const typename Dot::X* x, long k,
-                              Vec* acc) {
-  Vec sums[R][T];
-  for (int r = 0; r < R; r++)
-    for (int t = 0; t < T; t++) sums[r][t] = splat(0.0f);
-  for (long i = 0; i < k; i += Dot::step) {
-    typename Dot::V w[R];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) w[r] = Dot::load_w(rows + r * row_stride + i);
-#pragma GCC unroll 8
-    for (int t = 0; t < T; t++) {
-      const auto activations = Dot::load_x(x + t * k + i);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; r++) sums[r][t] = Dot::mac(sums[r][t], w[r], activations);
-    }
-  }
-  for (int r = 0; r < R; r++)
-    for (int t = 0; t < T; t++) acc[r * T + t] = sums[r][t];
 }
 
 // Where results go: y[t * stride + n].
@@ -166,34 +119,98 @@ struct Output {
   E* y;
   long stride;
   const E* bias;
-  template <int R, int T>
-  inline void write(const Vec* acc, long n, long t) const {
-    for (int r = 0; r < R; r++) {
-      const float offset = bias ? to_float(bias[n + r]) : 0.0f;
-      for (int j = 0; j < T; j++) {
-        const float total = sum(acc[r * T + j]);
-        set(y + (t + j) * stride + n + r, bias ? total + offset : total);
-      }
-    }
+  // One token's results for up to four rows.
+  template <int R>
+  inline void write(const float* totals, long n, long t) const {
+    E* to = y + t * stride + n;
+    if (bias)
+      for (int r = 0; r < R; r++) set(to + r, totals[r] + to_float(bias[n + r]));
+    else
+      for (int r = 0; r < R; r++) set(to + r, totals[r]);
   }
 };
 
-// Rows n .. n + R of a group, all tokens, straight from the codes.
+// The sums of R rows with T tokens.
+template <int R, int T>
+struct Sums {
+  Vec of[R][T];
+  inline void clear() {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int t = 0; t < T; t++) of[r][t] = splat(0.0f);
+  }
+  template <typename E>
+  inline void write(const Output<E>& out, long n, long first) const {
+    constexpr int Q = R < 4 ? R : 4;
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 2
+      for (int r = 0; r < R; r += Q) {
+        float totals[4];
+        sums(of[r][t], of[r + (Q > 1)][t], of[r + 2 * (Q > 2)][t], of[r + 3 * (Q > 3)][t], totals);
+        out.template write<Q>(totals, n + r, first + t);
+      }
+  }
+};
+
+// R rows and tokens t .. t + T, straight from the codes.
 template <class Dot, typename E, int R, int T>
 static void nf4_rows(const uint8_t* codes, long block_stride, const float* scales,
                      const Table& table, const typename Dot::X* x, long k, long n, long t,
                      const Output<E>& out) {
-  Vec acc[R * T];
-  nf4_tile<Dot, R, T>(codes, block_stride, scales, table, x + t * k, k, acc);
-  out.template write<R, T>(acc, n, t);
+  Sums<R, T> sums;
+  sums.clear();
+  x += t * k;
+  const long blocks = k / kBlock;
+  long b = 0;
+  do {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      const auto scaled = Dot::scaled(table, scales[r * blocks + b]);
+#pragma GCC unroll 16
+      for (int v = 0; v < kBlock / Dot::step; v++) {
+        const auto w = Dot::decode(scaled, codes + r * kRowBytes, v);
+#pragma GCC unroll 8
+        for (int j = 0; j < T; j++)
+          sums.of[r][j] =
+              Dot::mac(sums.of[r][j], w, Dot::load_x(x + j * k + b * kBlock + v * Dot::step));
+      }
+    }
+    for (int r = 0; r < R; r += 2) __builtin_prefetch(codes + kPrefetch + r * kRowBytes);
+    codes += block_stride;
+  } while (++b < blocks);
+  sums.write(out, n, t);
 }
 
+// A stretch of columns: products of R rows of numbers with T tokens. Sums over several stretches
+// are kept in between; kept: [R * T], or null for the whole row at once.
 template <class Dot, typename E, int R, int T>
-static void dense_rows(const E* rows, long row_stride, const typename Dot::X* x, long k, long n,
-                       long t, const Output<E>& out) {
-  Vec acc[R * T];
-  dense_tile<Dot, E, R, T>(rows, row_stride, x + t * k, k, acc);
-  out.template write<R, T>(acc, n, t);
+static void dense_rows(const E* rows, long row_stride, const typename Dot::X* x, long x_stride,
+                       long size, long n, long t, Vec* kept, bool is_first, bool is_last,
+                       const Output<E>& out) {
+  Sums<R, T> sums;
+  if (is_first)
+    sums.clear();
+  else
+    memcpy(&sums, kept, sizeof sums);
+  long i = 0;
+  do {
+    typename Dot::V w[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) w[r] = Dot::load_w(rows + r * row_stride + i);
+#pragma GCC unroll 8
+    for (int j = 0; j < T; j++) {
+      const auto activations = Dot::load_x(x + j * x_stride + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) sums.of[r][j] = Dot::mac(sums.of[r][j], w[r], activations);
+    }
+    i += Dot::step;
+  } while (i < size);
+  if (is_last)
+    sums.write(out, n, t);
+  else
+    memcpy(kept, &sums, sizeof sums);
 }
 
 // Registers: AVX-512 and NEON have 32, so 24 sums at a time, AVX2 16.
@@ -207,33 +224,59 @@ constexpr int kTileTokens = 4;
 constexpr int kDirectTokens = 4;
 #endif
 
-template <class Dot, typename E, int R>
-static void dense_tokens(const E* rows, long row_stride, const typename Dot::X* x, long k, long n,
-                         long t, long count, const Output<E>& out) {
-  switch (count) {
-    case 1: return dense_rows<Dot, E, R, 1>(rows, row_stride, x, k, n, t, out);
-    case 2: return dense_rows<Dot, E, R, 2>(rows, row_stride, x, k, n, t, out);
-    case 3: return dense_rows<Dot, E, R, 3>(rows, row_stride, x, k, n, t, out);
-    case 4: return dense_rows<Dot, E, R, 4>(rows, row_stride, x, k, n, t, out);
-#if defined(__AVX512F__) || defined(__aarch64__)
-    case 5: return dense_rows<Dot, E, R, 5>(rows, row_stride, x, k, n, t, out);
-    case 6: return dense_rows<Dot, E, R, 6>(rows, row_stride, x, k, n, t, out);
-#endif
+constexpr int kTileSums = kTileRows * kTileTokens;
+constexpr long kStretch = 2048;  // columns of x for a tile's tokens that stay in the first cache
+
+// Part of the product of some rows with all tokens: columns start .. start + size.
+template <class Dot, typename E>
+struct Panel {
+  const E* rows;  // at column start
+  long row_stride;
+  const typename Dot::X* x;  // at column start
+  long k, size, n, num_rows;
+  Vec* kept;
+  bool is_first, is_last;
+  const Output<E>& out;
+
+  template <int R, int T>
+  inline void tile(long r, long t) const {
+    dense_rows<Dot, E, R, T>(rows + r * row_stride, row_stride, x + t * k, k, size, n + r, t,
+                             kept + r * kTileTokens, is_first, is_last, out);
   }
-}
+  template <int R>
+  inline void tokens(long r, long t, long count) const {
+    switch (count) {
+      case 1: return tile<R, 1>(r, t);
+      case 2: return tile<R, 2>(r, t);
+      case 3: return tile<R, 3>(r, t);
+      case 4: return tile<R, 4>(r, t);
+#if defined(__AVX512F__) || defined(__aarch64__)
+      case 5: return tile<R, 5>(r, t);
+      case 6: return tile<R, 6>(r, t);
+#endif
+    }
+  }
+  inline void run(long t, long count) const {
+    long r = 0;
+    for (; r + kTileRows <= num_rows; r += kTileRows) tokens<kTileRows>(r, t, count);
+    for (; r < num_rows; r++) tokens<1>(r, t, count);
+  }
+};
 
 // num_rows rows from n on, all tokens.
 template <class Dot, typename E>
 static void dense_panel(const E* rows, long row_stride, const typename Dot::X* x, long k, long n,
                         long num_rows, long num_tokens, const Output<E>& out) {
-  const long tiles = ceil_div(num_tokens, kTileTokens);
+  const long tiles = ceil_div(num_tokens, kTileTokens), stretches = ceil_div(k, kStretch);
+  const long size = ceil_div(k, stretches * kBlock) * kBlock;
+  Vec* kept = (Vec*)herd::scratch(herd::kSums, num_rows * kTileTokens * (long)sizeof(Vec));
   for (long tile = 0; tile < tiles; tile++) {
     const long t = num_tokens * tile / tiles, count = num_tokens * (tile + 1) / tiles - t;
-    long r = 0;
-    for (; r + kTileRows <= num_rows; r += kTileRows)
-      dense_tokens<Dot, E, kTileRows>(rows + r * row_stride, row_stride, x, k, n + r, t, count, out);
-    for (; r < num_rows; r++)
-      dense_tokens<Dot, E, 1>(rows + r * row_stride, row_stride, x, k, n + r, t, count, out);
+    for (long start = 0; start < k; start += size) {
+      const Panel<Dot, E> panel = {rows + start, row_stride, x + start, k, least(size, k - start),
+                                   n, num_rows, kept, start == 0, start + size >= k, out};
+      panel.run(t, count);
+    }
   }
 }
 

@@ -30,8 +30,9 @@ static inline float to_float(float x) { return x; }
 static inline void set(bf16* out, float value) {
   uint32_t word;
   memcpy(&word, &value, 4);
-  const bool is_nan = (word & 0x7fffffffu) > 0x7f800000u;
-  out->bits = is_nan ? 0x7fc0 : (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+  const uint32_t is_nan = -(uint32_t)((word & 0x7fffffffu) > 0x7f800000u);
+  const uint32_t rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+  out->bits = (uint16_t)((rounded & ~is_nan) | (0x7fc0 & is_nan));
 }
 static inline void set(float* out, float value) { *out = value; }
 
@@ -59,7 +60,9 @@ static inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 static inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 static inline Vec larger(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 static inline Vec smaller(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
-static inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
+static inline __m256 halved(Vec a) {
+  return _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+}
 static inline float maximum(Vec a) { return _mm512_reduce_max_ps(a.v); }
 static inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 static inline __m512i rounded_words(Vec a) {  // a bfloat16 in the upper half of each word
@@ -113,11 +116,7 @@ static inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
 static inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 static inline Vec larger(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 static inline Vec smaller(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
-static inline float sum(Vec a) {
-  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
-  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
-}
+static inline __m256 halved(Vec a) { return a.v; }
 static inline float maximum(Vec a) {
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
@@ -179,7 +178,9 @@ static inline Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
 static inline Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 static inline Vec larger(Vec a, Vec b) { return {vmaxq_f32(a.v, b.v)}; }
 static inline Vec smaller(Vec a, Vec b) { return {vminq_f32(a.v, b.v)}; }
-static inline float sum(Vec a) { return vaddvq_f32(a.v); }
+static inline void sums(Vec a, Vec b, Vec c, Vec d, float* out) {
+  vst1q_f32(out, vpaddq_f32(vpaddq_f32(a.v, b.v), vpaddq_f32(c.v, d.v)));
+}
 static inline float maximum(Vec a) { return vmaxvq_f32(a.v); }
 static inline void store(float* p, Vec a) { vst1q_f32(p, a.v); }
 static inline uint32x4_t rounded_words(Vec a) {
@@ -237,9 +238,14 @@ static inline Vec operator/(Vec a, Vec b) { HERD_EACH(a.v[i] / b.v[i]) }
 static inline Vec fma(Vec a, Vec b, Vec c) { HERD_EACH(a.v[i] * b.v[i] + c.v[i]) }
 static inline Vec larger(Vec a, Vec b) { HERD_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]) }
 static inline Vec smaller(Vec a, Vec b) { HERD_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]) }
-static inline float sum(Vec a) {
-  const float* v = a.v;
+static inline float sum_of_lanes(const float* v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+static inline void sums(Vec a, Vec b, Vec c, Vec d, float* out) {
+  out[0] = sum_of_lanes(a.v);
+  out[1] = sum_of_lanes(b.v);
+  out[2] = sum_of_lanes(c.v);
+  out[3] = sum_of_lanes(d.v);
 }
 static inline float maximum(Vec a) {
   float found = a.v[0];
@@ -275,6 +281,30 @@ static inline Vec look_up(const Table& table, const uint8_t* p, int shift) {
 }
 #undef HERD_EACH
 #endif
+
+#if defined(__AVX2__)
+// The lanes of four vectors added up, each in one fixed order.
+static inline void sums(Vec a, Vec b, Vec c, Vec d, float* out) {
+  const __m256 ha = halved(a), hb = halved(b), hc = halved(c), hd = halved(d);
+  const __m256 ab = _mm256_add_ps(_mm256_permute2f128_ps(ha, hb, 0x20),
+                                  _mm256_permute2f128_ps(ha, hb, 0x31));
+  const __m256 cd = _mm256_add_ps(_mm256_permute2f128_ps(hc, hd, 0x20),
+                                  _mm256_permute2f128_ps(hc, hd, 0x31));
+  const __m256d abd = _mm256_castps_pd(ab), cdd = _mm256_castps_pd(cd);
+  const __m256 pairs = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(abd, cdd)),
+                                     _mm256_castpd_ps(_mm256_unpackhi_pd(abd, cdd)));
+  const __m256 all = _mm256_add_ps(pairs, _mm256_movehdup_ps(pairs));  // a . c . | b . d .
+  const __m128 ac = _mm_permute_ps(_mm256_castps256_ps128(all), 0x08);
+  const __m128 bd = _mm_permute_ps(_mm256_extractf128_ps(all, 1), 0x08);
+  _mm_storeu_ps(out, _mm_unpacklo_ps(ac, bd));
+}
+#endif
+
+static inline float sum(Vec a) {
+  float out[4];
+  sums(a, a, a, a, out);
+  return out[0];
+}
 
 // e^x to about one unit in the last place, for x limited to what float32 can say; NaN stays NaN,
 // because minima and maxima of these sets give their second operand then.
