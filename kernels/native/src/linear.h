@@ -91,26 +91,42 @@ static inline Table load_table(const float* codebook) {
   return table;
 }
 
-// Scales of the blocks of one row: float32 [in / 64].
-static void decode_scales(const herd::Matrix& m, long row, float* scales) {
-  const long blocks = m.in_features / kBlock, repeat = m.group_size / kBlock;
-  const long groups = blocks / repeat, first = row * groups;
-  if (!m.codes) {
-    for (long i = 0; i < blocks; i++) scales[i] = m.nested_absmax[first + i / repeat];
-    return;
+// The map's values for 8-bit codes, one by one: vector look-ups in a table of 256 are slower, and
+// the volatile stores keep compilers from building vectors out of single loads, which is slower too.
+static void map_codes(const uint8_t* codes, long count, float* values) {
+  const float* map = herd::dynamic_map;
+  volatile float* out = values;
+  long i = 0;
+  for (; i + 8 <= count; i += 8) {
+    uint64_t eight;
+    memcpy(&eight, codes + i, 8);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) out[i + j] = map[eight >> (8 * j) & 255];
   }
-  for (long i = 0; i < groups;) {
-    const long stop = least(groups, ((first + i) / 256 + 1) * 256 - first);
-    const float nested = m.nested_absmax[(first + i) / 256];
-    const long start = i;
-    for (; i < stop; i++) scales[i] = herd::dynamic_map[m.codes[first + i]];
-    for (i = start; i < stop; i++) {
-      const float scale = scales[i] * nested;
-      scales[i] = scale + m.nested_offset;
+  for (; i < count; i++) out[i] = map[codes[i]];
+}
+
+// Scales of the blocks of some rows: float32 [num_rows, in / 64].
+static void decode_scales(const herd::Matrix& m, long row, long num_rows, float* scales) {
+  const long repeat = m.group_size / kBlock, groups = m.in_features / m.group_size;
+  const long first = row * groups, count = num_rows * groups;
+  if (!m.codes) {
+    memcpy(scales, m.nested_absmax + first, count * sizeof(float));
+  } else {
+    map_codes(m.codes + first, count, scales);
+    for (long i = 0; i < count;) {
+      const long stop = least(count, ((first + i) / 256 + 1) * 256 - first);
+      const float nested = m.nested_absmax[(first + i) / 256];
+      for (; i + Vec::N <= stop; i += Vec::N)
+        store(scales + i, load(scales + i) * splat(nested) + splat(m.nested_offset));
+      for (; i < stop; i++) {
+        const float scale = scales[i] * nested;
+        scales[i] = scale + m.nested_offset;
+      }
     }
   }
   if (repeat > 1)
-    for (long i = blocks - 1; i >= 0; i--) scales[i] = scales[i / repeat];
+    for (long i = count * repeat - 1; i >= 0; i--) scales[i] = scales[i / repeat];
 }
 
 // Where results go: y[t * stride + n].
@@ -349,7 +365,7 @@ static void nf4_task(const LinearCall<E>& call, const herd::Matrix& m, long firs
                     : (E*)herd::scratch(herd::kPanel, (stop - first) * k * (long)sizeof(E));
   for (long n = first; n < stop; n += kRows) {
     const long rows = least(kRows, m.out_features - n);
-    for (long r = 0; r < rows; r++) decode_scales(m, n + r, scales + r * blocks);
+    decode_scales(m, n, rows, scales);
     const uint8_t* codes = (const uint8_t*)m.data + n * (k / 2);
     const long stride = rows * kRowBytes;
     if (!direct) {
@@ -467,7 +483,7 @@ static void dequantize_task(void* context, long task) {
   const long k = m.in_features, blocks = k / kBlock, n = task * kRows;
   const long rows = least(kRows, m.out_features - n);
   float* scales = (float*)herd::scratch(herd::kScales, kRows * blocks * (long)sizeof(float));
-  for (long r = 0; r < rows; r++) decode_scales(m, n + r, scales + r * blocks);
+  decode_scales(m, n, rows, scales);
   decode_rows<Dot, E>((const uint8_t*)m.data + n * (k / 2), rows * kRowBytes, scales,
                       load_table(m.codebook), k, rows, call.out + n * k);
 }
