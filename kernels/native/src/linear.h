@@ -240,6 +240,7 @@ constexpr int kTileTokens = 4;
 constexpr int kDirectTokens = 4;
 #endif
 
+constexpr int kFewTokens = 32;
 constexpr int kTileSums = kTileRows * kTileTokens;
 constexpr long kStretch = 2048;  // columns of x for a tile's tokens that stay in the first cache
 
@@ -361,15 +362,17 @@ static void nf4_task(const LinearCall<E>& call, const herd::Matrix& m, long firs
   const Table table = load_table(m.codebook);
   float* scales = (float*)herd::scratch(herd::kScales, kRows * blocks * sizeof(float));
   const bool direct = num_tokens <= kDirectTokens;
-  E* panel = direct ? nullptr
-                    : (E*)herd::scratch(herd::kPanel, (stop - first) * k * (long)sizeof(E));
+  const bool is_few = num_tokens <= kFewTokens;  // multiply each group while it is in the first cache
+  const long panel_rows = direct ? 0 : is_few ? kRows : stop - first;
+  E* panel = (E*)herd::scratch(herd::kPanel, panel_rows * k * (long)sizeof(E));
   for (long n = first; n < stop; n += kRows) {
     const long rows = least(kRows, m.out_features - n);
     decode_scales(m, n, rows, scales);
     const uint8_t* codes = (const uint8_t*)m.data + n * (k / 2);
     const long stride = rows * kRowBytes;
     if (!direct) {
-      decode_rows<Dot, E>(codes, stride, scales, table, k, rows, panel + (n - first) * k);
+      decode_rows<Dot, E>(codes, stride, scales, table, k, rows, panel + (is_few ? 0 : n - first) * k);
+      if (is_few) dense_panel<Dot, E>(panel, k, x, k, n, rows, num_tokens, out);
       continue;
     }
     long r = 0;
@@ -393,7 +396,8 @@ static void nf4_task(const LinearCall<E>& call, const herd::Matrix& m, long firs
                                    n + r, num_tokens, out);
     }
   }
-  if (!direct) dense_panel<Dot, E>(panel, k, x, k, first, stop - first, num_tokens, out);
+  if (!direct && !is_few)
+    dense_panel<Dot, E>(panel, k, x, k, first, stop - first, num_tokens, out);
 }
 
 template <class Dot, typename E>
