@@ -26,6 +26,7 @@ from engine.lora_pool import LoraPool
 from engine.model_runner import ModelRunner, measure_activation_bytes
 from engine.sampler import Sampler
 from engine.weights import LoadedModel, load_model
+from kernels.threads import set_num_threads
 
 LoadAdapterFiles = Callable[[AdapterRef], LoraWeights]
 Progress = Callable[[str, int, int], None]
@@ -43,6 +44,8 @@ def create_engine(
     """
     started_s = time.perf_counter()
     device = _device(config)
+    if device.type == "cpu":
+        set_num_threads(config.model.threads)
     loaded = load_model(config.model, folder, device, progress)
     spec, model = loaded.spec, loaded.model
     max_model_len = _max_model_len(config, spec.max_context_len)
