@@ -1,4 +1,4 @@
-"""From what a user types to a folder: local path, then model or adapter folder, then alias, then the model hub.
+"""From what a user types to a folder: a path, the model or adapter folder, an alias, the model hub.
 
 Only files that are data are ever downloaded: safetensors, JSON, tokenizers, templates.
 """
@@ -9,8 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from adapters.format import WEIGHTS_FILE
-from adapters.peft_config import CONFIG_FILE
+from adapters.folder import CONFIG_FILE, WEIGHTS_FILE
 from engine.errors import AdapterError, CheckpointError
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
@@ -38,7 +37,8 @@ def resolve_base(name: str, model_dir: str | Path | None) -> Path:
     """The folder of a base model.
 
     Args:
-        name:      a folder, a name in model_dir, an alias such as llama-7b, "demo", or a Hugging Face repository id.
+        name: a folder, a name in model_dir, "demo", an alias such as llama-7b, or the id of a
+            Hugging Face repository.
         model_dir: --model-dir.
 
     Raises:
@@ -65,8 +65,9 @@ def resolve_adapter(name: str, base: str, adapter_dirs: Sequence[str | Path]) ->
     """The folder of an adapter.
 
     Args:
-        name:         a folder, a name in one of adapter_dirs, a demo adapter, guanaco, or a repository id.
-        base:         --base as the user gave it; decides which demo adapter or size of Guanaco is meant.
+        name: a folder, a name in one of adapter_dirs, a demo adapter, guanaco, or the id of a
+            Hugging Face repository.
+        base: --base as the user gave it; it decides about demo adapters and Guanaco's size.
         adapter_dirs: --adapter-dir.
 
     Raises:
@@ -93,14 +94,15 @@ def resolve_adapter(name: str, base: str, adapter_dirs: Sequence[str | Path]) ->
         raise AdapterError(_not_found("adapter", name, tried))
     if not (folder / WEIGHTS_FILE).exists():
         raise AdapterError(
-            f"{repository} has no {WEIGHTS_FILE}. Older repositories hold only pickle files, which can run code and are never "
-            f"read: load it with peft where you trust it, save it again, and name that folder."
+            f"{repository} has no {WEIGHTS_FILE}. Older repositories hold only pickle files, which "
+            f"can run code and are never read: load it with peft where you trust it, save it "
+            f"again, and name that folder."
         )
     return folder
 
 
 def parse_adapter(text: str) -> tuple[str, str]:
-    """--adapter NAME[=PATH] as (name, what to resolve). Without NAME a path is called by its last component.
+    """--adapter NAME[=PATH] as (name, what to resolve); without NAME the last part of the path.
 
     Raises:
         AdapterError: the name is not allowed.
@@ -122,8 +124,8 @@ def check_name(name: str) -> None:
     """
     if not NAME.fullmatch(name):
         raise AdapterError(
-            f"Adapter name {name[:140]!r}: expected 1 to 128 letters, digits or . _ : - and a letter or digit first. Give it a "
-            f"name with NAME=PATH."
+            f"Adapter name {name[:140]!r}: expected 1 to 128 letters, digits or . _ : - with a "
+            f"letter or digit first. Name it with NAME=PATH."
         )
 
 

@@ -216,7 +216,7 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     result = tensor.to(dtype).contiguous()
     if not bool(torch.isfinite(result).all()):
         raise AdapterError(
-            f"{name}: a value is too large for {dtype}; serve this adapter with --dtype bfloat16 or "
-            f"float32."
+            f"{name}: a value is too large for {dtype}; serve this adapter with --dtype bfloat16 "
+            f"or float32."
         )
     return result

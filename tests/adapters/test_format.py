@@ -1,4 +1,4 @@
-"""Broken, foreign and unsupported adapters are refused by name; the header is reported; what we write peft loads."""
+"""Broken, foreign and unsupported adapters are refused by name; what we write peft loads."""
 
 import json
 import struct
@@ -8,14 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.format import (
-    CHAT_TEMPLATE_FILE,
-    TOKENIZER_CONFIG_FILE,
-    WEIGHTS_FILE,
-    inspect_adapter,
-    read_adapter,
-)
-from adapters.peft_config import CONFIG_FILE
+from adapters.folder import CHAT_TEMPLATE_FILE, CONFIG_FILE, TOKENIZER_CONFIG_FILE, WEIGHTS_FILE
+from adapters.format import inspect_adapter, read_adapter
 from adapters.writer import write_adapter
 from engine.errors import AdapterError
 from engine.lora import LoraModule, LoraWeights
@@ -87,7 +81,7 @@ def test_the_adapters_own_chat_template_is_found(folder, base):
 
 def test_a_broken_tokenizer_config_is_an_adapter_error(folder, base):
     (folder / TOKENIZER_CONFIG_FILE).write_text("[" * 100_000)
-    assert "tokenizer_config.json: cannot be read" in refusal(folder, base)
+    assert "tokenizer_config.json: not valid JSON" in refusal(folder, base)
 
 
 # Files.
@@ -189,7 +183,7 @@ def test_an_option_that_cannot_be_honoured_is_refused_by_name(folder, base, opti
 def test_every_option_of_the_installed_peft_is_known():
     from dataclasses import fields
 
-    from adapters.peft_config import HONOURED, REFUSED, TRAINING_ONLY
+    from adapters.peft_options import HONOURED, REFUSED, TRAINING_ONLY
 
     known = HONOURED | TRAINING_ONLY | REFUSED.keys()
     assert {field.name for field in fields(peft.LoraConfig)} <= known

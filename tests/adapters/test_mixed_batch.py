@@ -1,4 +1,4 @@
-"""Several adapters in one batch: each as if alone, to the bit; scales; score heads; stored copies."""
+"""Several adapters in one batch, each as if alone, to the bit; scales, scores, stored copies."""
 
 import json
 
@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.format import WEIGHTS_FILE, inspect_adapter, read_adapter
+from adapters.folder import WEIGHTS_FILE
+from adapters.format import inspect_adapter, read_adapter
 from engine.errors import AdapterError
 from tests.adapters.tiny_bases import (
     BASES,

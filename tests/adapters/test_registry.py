@@ -1,4 +1,4 @@
-"""Names, uids, generations: what is current, what is held, what is freed, what survives the user's folder."""
+"""Names, uids, generations: what is current, held and freed, and what survives its folder."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.format import WEIGHTS_FILE, read_adapter
+from adapters.folder import WEIGHTS_FILE
+from adapters.format import read_adapter
 from adapters.registry import Registry
 from engine.errors import AdapterError, AdapterNotFound
 
@@ -181,7 +182,7 @@ def test_a_load_that_ends_after_its_name_was_given_away_is_refused(registry, fol
     prepared = registry.prepare("a", folder)
     registry.remove("a")
     registry.publish("a", folder)
-    with pytest.raises(AdapterError, match="was loaded anew while this one"):
+    with pytest.raises(AdapterError, match="was removed and loaded anew"):
         registry.commit(prepared)
 
 

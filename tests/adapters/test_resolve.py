@@ -1,4 +1,4 @@
-"""From names to folders: local first, then aliases, then the hub; and no path leads out of the allowed folders."""
+"""From names to folders: local, aliases, the hub; and no path leads out of the allowed folders."""
 
 import os
 
@@ -8,8 +8,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from adapters.confine import confine, copy_adapter, startup_roots
-from adapters.format import WEIGHTS_FILE
-from adapters.peft_config import CONFIG_FILE
+from adapters.folder import CONFIG_FILE, WEIGHTS_FILE
 from adapters.registry import Registry
 from adapters.resolve import DEMO, parse_adapter, resolve_adapter, resolve_base
 from engine.errors import AdapterError, CheckpointError

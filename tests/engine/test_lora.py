@@ -1,4 +1,4 @@
-"""What a batch's adapters do to a layer: low rank, element-wise, dense; and nothing without them."""
+"""What a batch's adapters do to a layer: low rank, element-wise, dense; else nothing."""
 
 import types
 
