@@ -342,9 +342,9 @@ def test_compiled_grammars_are_kept_and_the_oldest_given_up(folder):
 
 def test_cancelling_one_callers_future_leaves_the_others_alone(folder, monkeypatch):
     compiler = GrammarCompiler(folder, 450, [EOS])
-    may_load, load = threading.Event(), engine.grammar._load_tokenizer
+    may_load, load = threading.Event(), engine.grammar.load_tokenizer
     monkeypatch.setattr(
-        engine.grammar, "_load_tokenizer", lambda *args: may_load.wait(60) and load(*args)
+        engine.grammar, "load_tokenizer", lambda *args: may_load.wait(60) and load(*args)
     )
     futures = [compiler.submit(GrammarSpec(kind="json_object")) for _ in range(3)]
     assert futures[1].cancel()
