@@ -170,12 +170,13 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _has_effect(weights: LoraWeights) -> bool:
+    """Whether training has moved anything; of DoRA's magnitudes only the base can tell."""
     if weights.replaced:
         return True
     for path, module in weights.modules.items():
         # Of an embedding's pair peft initialises A with zeros, of the others B.
-        if module.magnitude is not None or (module.bias is not None and bool(module.bias.any())):
-            return True
         if bool(module.b.any()) and (path != EMBEDDING or bool(module.a.any())):
+            return True
+        if module.magnitude is not None or (module.bias is not None and bool(module.bias.any())):
             return True
     return False

@@ -99,8 +99,10 @@ class LoraPool:
             rows: each token's pool row, -1 for the base.
             scales: each token's lora_scale; zero is the base, to the bit.
         """
+        if max(rows, default=-1) < 0:
+            return None
         rows = [row if scale != 0.0 else -1 for row, scale in zip(rows, scales, strict=True)]
-        if all(row < 0 for row in rows):
+        if max(rows) < 0:
             return None
         lora_indices = torch.tensor(rows, dtype=torch.int32).to(self._device, non_blocking=True)
         lora_scales = torch.tensor(scales, dtype=torch.float32).to(self._device, non_blocking=True)

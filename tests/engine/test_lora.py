@@ -146,6 +146,20 @@ def test_a_dora_row_without_direction_is_refused():
         dora_ratio(module, torch.zeros(10, 24), "q")
 
 
+@pytest.mark.parametrize("kind", ["dora", "bias"])
+def test_an_adapter_that_is_all_as_in_the_base_is_refused(kind):
+    model = FourBitModel()
+    magnitude = dequantize_4bit(model.weight).norm(dim=1)
+    module = LoraModule(
+        a=random(3, 24), b=torch.zeros(10, 3), magnitude=magnitude if kind == "dora" else None
+    )
+    weights = LoraWeights(
+        modules={"q": module}, replaced={"q.bias": model.bias} if kind == "bias" else {}
+    )
+    with pytest.raises(AdapterError, match="changes nothing on this base"):
+        pack_adapter(weights, model, torch.float32, pin_memory=False)
+
+
 def test_values_too_large_for_float16_are_refused():
     module = LoraModule(a=torch.full((1, 24), 7e4), b=torch.ones(10, 1))
     with pytest.raises(AdapterError, match=r"q lora_A: a value is too large for torch.float16"):
