@@ -114,18 +114,18 @@ class EngineClient:
         """Refuse new requests, let others run for `timeout_s`, cancel the rest, end the worker."""
         self.state = "stopped"
         deadline_s = time.monotonic() + timeout_s
-        shutdown_s = SHUTDOWN_S
-        if self._ready is not None and not self._ready.done():
-            self._ready.set_exception(self._unavailable())
-            shutdown_s = 0.0  # still loading: it does not listen yet
+        is_loading = self._ready is not None and not self._ready.done()
         if self._supervisor is not None:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
             self._supervisor = None
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(self._unavailable())  # start() is waiting for it
         while self._requests and self._worker is not None and time.monotonic() < deadline_s:
             await asyncio.sleep(0.02)
-        await self._close_worker(shutdown_s)
+        # One that is still loading does not listen yet.
+        await self._close_worker(0.0 if is_loading else SHUTDOWN_S)
         self._end_all(None)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[RequestDelta]:
