@@ -115,7 +115,8 @@ def main() -> None:
         "rows": rows,
     }
     print(
-        f"{'sequences':>9}  {'sampling':<24} {'median ms':>9} {'p95 ms':>9} {'cpu ms':>9} {'message':>9}  limit"
+        f"{'sequences':>9}  {'sampling':<24} {'median ms':>9} {'p95 ms':>9} "
+        f"{'cpu ms':>9} {'message':>9}  limit"
     )
     for row in rows:
         limit = f"{LIMITS_MS[row['num_seqs']]:.0f} ms" if row["sampling"] in MUST_MEET else "-"
