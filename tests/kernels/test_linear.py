@@ -11,15 +11,6 @@ def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.fixture(params=[1, 2, 3])
-def num_threads(request):
-    """MKL splits its work by the number of threads; what must not show, must not show with any."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 15, 16, 17, 40])
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -39,9 +30,8 @@ def test_the_product_is_right_for_any_number_of_tokens(dtype, num_tokens, with_b
     ("in_features", "out_features"),
     [(64, 64), (37, 8), (37, 24), (6, 100), (1, 5), (129, 3), (256, 8), (100, 37), (200, 136)],
 )
-def test_a_token_has_the_same_bits_alone_and_in_any_company(
-    num_threads, dtype, in_features, out_features
-):
+@pytest.mark.usefixtures("num_threads")
+def test_a_token_has_the_same_bits_alone_and_in_any_company(dtype, in_features, out_features):
     weight = randn(out_features, in_features, dtype=dtype)
     bias = randn(out_features, seed=1, dtype=dtype)
     token = randn(1, in_features, seed=2, dtype=dtype)
