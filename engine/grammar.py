@@ -43,17 +43,28 @@ def check_grammar(spec: GrammarSpec) -> None:
     Raises:
         GrammarError: too large, too deeply nested, not valid, or using what is not supported.
     """
-    llguidance = load_llguidance()
     source = _grammar_text(spec)
-    limits = _limits()
+    try:
+        message = _problem(source)
+    except BaseException as error:
+        # A panic of the library is a BaseException of a class that Python cannot import.
+        if type(error).__name__ != "PanicException":
+            raise
+        message = "the grammar library failed on it"
+    if message is not None:
+        raise GrammarError(_readable(spec, message))
+
+
+def _problem(source: str) -> str | None:
+    """What llguidance finds wrong with a grammar; None when it can be followed."""
+    llguidance, limits = load_llguidance(), _limits()
     is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(source, limits=limits)
     if is_error:
-        raise GrammarError(_readable(spec, "; ".join(messages)))
+        return "; ".join(messages)
     # Automata are built lazily: a pattern too large for the limits shows at the first mask only.
     matcher = llguidance.LLMatcher(byte_tokenizer(), source, log_level=0, limits=limits)
     matcher.compute_bitmask()
-    if matcher.is_error():
-        raise GrammarError(_readable(spec, matcher.get_error()))
+    return str(matcher.get_error()) if matcher.is_error() else None
 
 
 class GrammarCompiler:

@@ -11,6 +11,7 @@ from typing import Any
 
 from adapters.registry import AdapterRecord
 from engine.api import GrammarSpec
+from engine.errors import GrammarError
 from engine.grammar import check_grammar
 from server.chat_template import ChatTemplate, choose_template, no_template, render
 from server.errors import bad_request
@@ -229,7 +230,11 @@ def _one_grammar(first: GrammarSpec | None, second: GrammarSpec | None) -> Gramm
         )
     grammar = first or second
     if grammar is not None:
-        check_grammar(grammar)
+        try:
+            check_grammar(grammar)
+        except GrammarError as error:
+            error.param = error.param or ("response_format" if first else "structured_outputs")
+            raise
     return grammar
 
 
