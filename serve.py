@@ -178,6 +178,7 @@ def compose(
     Raises:
         EngineError: the base, its tokenizer or an adapter cannot be found.
     """
+    from adapters.confine import startup_roots
     from adapters.format import read_ref
     from adapters.resolve import DEMO_BASE, parse_adapter, resolve_adapter, resolve_base
     from engine.model_config import ModelSpec
@@ -204,7 +205,10 @@ def compose(
         spec,
         engine,
         metrics,
-        roots=[Path(config.adapter_dir).resolve()] if config.adapter_dir else [],
+        roots=[
+            *([Path(config.adapter_dir)] if config.adapter_dir else []),
+            *(root for path in adapters.values() for root in startup_roots(path)),
+        ],
         reserved_names=names,
     )
     engine.on_restart = loader.reload_all

@@ -20,8 +20,8 @@ def confine(path: str | Path, roots: Sequence[Path]) -> Path:
     """The real folder that a path means, which lies in one of the roots.
 
     Args:
-        path: absolute, or relative to a root; the first root that has it wins.
-        roots: folders from which adapters may be loaded.
+        path: absolute, or relative to a root or to the working folder; the first match wins.
+        roots: folders from which adapters may be loaded, and single files.
 
     Raises:
         AdapterError: the path leads out of every root, or nothing is there.
@@ -31,11 +31,8 @@ def confine(path: str | Path, roots: Sequence[Path]) -> Path:
             "Adapters cannot be loaded while the server runs: it was started without "
             "--adapter-dir. Start it with the folder that holds them."
         )
-    inside = [
-        real
-        for root in roots
-        if (real := _real_path(root / path)) is not None and is_inside(real, roots)
-    ]
+    candidates = (_real_path(folder / path) for folder in (*roots, Path()))
+    inside = [real for real in candidates if real is not None and is_inside(real, roots)]
     for real in inside:
         if os.path.isdir(real):
             return real
@@ -54,14 +51,15 @@ def is_inside(real_path: Path, roots: Iterable[Path]) -> bool:
 
 
 def startup_roots(folder: Path) -> tuple[Path, ...]:
-    """The folders that naming an adapter on the command line opens.
-
-    Its own, and those where its files really lie.
+    """What naming an adapter on the command line opens: its folder, and the files it links to.
 
     Folders in the model hub's cache consist of links into a folder of blobs beside them.
     """
     files = (_real_path(folder / name) for name in FILES)
-    return tuple({folder, *(file.parent for file in files if file is not None and file.is_file())})
+    return (
+        folder,
+        *(file for file in files if file is not None and not is_inside(file, (folder,))),
+    )
 
 
 def copy_adapter(folder: Path, destination: Path, roots: Sequence[Path] | None) -> None:
@@ -111,4 +109,4 @@ def _real_path(path: Path) -> Path | None:
 
 
 def _listed(roots: Sequence[Path]) -> str:
-    return ", ".join(map(str, roots))
+    return ", ".join(str(root) for root in roots if root.is_dir())

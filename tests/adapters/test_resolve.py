@@ -1,6 +1,7 @@
 """From names to folders: local, aliases, the hub; and no path leads out of the allowed folders."""
 
 import os
+from pathlib import Path
 
 import httpx
 import huggingface_hub
@@ -202,6 +203,14 @@ def test_paths_inside_are_found_absolute_or_relative(root, tmp_path):
     assert confine(root, roots) == root
 
 
+def test_a_path_relative_to_the_working_folder_is_confined_too(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert confine("root/good", [root]) == root / "good"
+    assert confine("./good", [Path("root")]) == root / "good"
+    with pytest.raises(AdapterError, match="no such folder in"):  # it would be root/outside/secret
+        confine("outside/secret", [root])
+
+
 def test_paths_that_lead_out_are_refused_alike_whether_they_exist_or_not(root, tmp_path):
     (root / "link").symlink_to(tmp_path / "outside")
     (root / "circle").symlink_to(root / "circle")
@@ -271,7 +280,8 @@ def test_a_start_up_path_opens_itself_and_where_its_links_lead(tmp_path):
     (folder / WEIGHTS_FILE).rename(blobs / "abc")
     (folder / WEIGHTS_FILE).symlink_to(blobs / "abc")
     roots = startup_roots(folder)
-    assert set(roots) == {folder, blobs}
+    assert roots == (folder, blobs / "abc")
+    assert startup_roots(adapter_folder(tmp_path / "plain")) == (tmp_path / "plain",)
     copy = tmp_path / "copy"
     copy.mkdir()
     copy_adapter(confine(folder, roots), copy, roots)
