@@ -46,6 +46,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FATAL = (torch.AcceleratorError, KeyboardInterrupt, SystemExit)
+"""After these nothing can be repeated. All else is a request's fault, even a panic in a native
+library, which is a BaseException."""
+
 
 class Engine:
     """All requests of one worker. Not thread-safe: one thread calls everything."""
@@ -173,22 +177,27 @@ class Engine:
     @torch.inference_mode()
     def _run(self, items: list[tuple[Sequence, int]], deltas: list[RequestDelta]) -> None:
         """Run and sample; after an error find out whose it is by running each sequence alone."""
+        result = None
         try:
             result = self._runner.run(items)
             tokens = self._sampler.sample(result.logits, result.sampled) if result.sampled else []
-        except torch.AcceleratorError:
-            raise  # the device is lost; nothing can be repeated
-        except Exception as error:  # a request's boundary: only those at fault end
+        except FATAL:
+            raise
+        except BaseException as error:  # a request's boundary: only those at fault end
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
-            if len(items) > 1:
-                logger.warning("A step failed (%r); repeating it one sequence at a time.", error)
-                for item in items:
-                    self._run([item], deltas)
+            if len(items) == 1:
+                if not isinstance(error, RequestError | AdapterError):
+                    logger.exception("A forward pass failed.")
+                deltas.append(self._finish_failed(items[0][0], _as_engine_error(error)))
                 return
-            if not isinstance(error, RequestError | AdapterError):
-                logger.exception("A forward pass failed.")
-            deltas.append(self._finish_failed(items[0][0], _as_engine_error(error)))
+            logger.warning("A step failed (%r); repeating it one sequence at a time.", error)
+            for item in items:
+                if result is not None and item[0].grammar is not None:
+                    # The sampler may have moved this grammar on: it cannot choose that token again.
+                    deltas.append(self._finish_failed(item[0], _as_engine_error(error)))
+                else:
+                    self._run([item], deltas)
             return
         self.scheduler.complete(items)
         for sequence, entries in result.prompt_logprobs:
@@ -324,7 +333,9 @@ class Engine:
                 sequence.grammar = self._compiling[request_id].result().matcher()
             except EngineError as error:
                 self._outbox.append(self._finish(sequence, "error", error=error))
-            except Exception as error:  # the compiler's boundary: its failure is that request's
+            except FATAL:
+                raise
+            except BaseException as error:  # the compiler's boundary: its failure is that request's
                 logger.exception("A grammar could not be compiled.")
                 failure = GrammarError(f"The grammar could not be compiled: {error}")
                 self._outbox.append(self._finish(sequence, "error", error=failure))
@@ -349,7 +360,7 @@ class Engine:
         )
 
 
-def _as_engine_error(error: Exception) -> EngineError:
+def _as_engine_error(error: BaseException) -> EngineError:
     if isinstance(error, EngineError):
         return error
     if isinstance(error, torch.OutOfMemoryError):

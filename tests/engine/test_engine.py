@@ -383,6 +383,49 @@ def test_a_lost_device_is_not_survived():
         fake.step()
 
 
+class Panic(BaseException):
+    """What a native library's panic looks like from Python."""
+
+
+class PanickingMatcher(CountingMatcher):
+    def fill_mask(self, row: torch.Tensor) -> None:
+        del row
+        raise Panic("assertion failed")
+
+
+def test_a_panic_in_a_native_library_ends_the_request_that_met_it_and_no_other():
+    fake = FakeEngine()
+    for request_id in ("compiles not", "follows not"):
+        fake.add(request_id, PROMPT, grammar=REGEX)
+    fake.compiler.futures[0].set_exception(Panic("assertion failed"))
+    fake.compiler.futures[1].set_result(PanickingMatcher())
+    fake.add("good", PROMPT)
+    fake.run()
+    for request_id in ("compiles not", "follows not"):
+        assert "assertion failed" in fake.final(request_id).error.message
+    assert fake.text("good") == expected_text(PROMPT, 8)
+
+
+def test_a_sampler_that_fails_half_way_skips_no_token_of_a_grammar():
+    fake = FakeEngine()
+    fake.add("grammar", PROMPT, grammar=REGEX)
+    fake.compiler.futures[0].set_result(CountingMatcher())
+    fake.add("plain", PROMPT)
+    fake.step()
+    sample = fake.engine._sampler.sample
+
+    def fail_after_accepting(logits, sequences):
+        tokens = sample(logits, sequences)
+        if len(sequences) > 1:
+            raise RuntimeError("half way")
+        return tokens
+
+    fake.engine._sampler.sample = fail_after_accepting
+    fake.run()
+    assert fake.final("grammar").finish_reason == "error"
+    assert fake.text("plain") == expected_text(PROMPT, 8)
+
+
 # Prompt log-probabilities.
 
 
