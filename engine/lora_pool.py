@@ -175,8 +175,11 @@ class LoraPool:
                 self._fail(ref, self._loader.failures[ref])
             elif ref in self._waiting:
                 self._answer(ref)
-        for ref in [ref for ref in self._waiting if self._is_ready(ref)]:
-            self._answer(ref)
+        for ref in list(self._waiting):
+            if self._is_ready(ref):
+                self._answer(ref)
+            else:
+                self._loader.start(ref)  # it may have been ready and pushed out since
         for ref in [ref for ref in self._rows.pinned if self._rows.find(ref) is None]:
             try:
                 if self._find_or_place(ref) is None:
