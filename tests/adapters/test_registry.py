@@ -1,5 +1,6 @@
 """Names, uids, generations: what is current, held and freed, and what survives its folder."""
 
+import random
 import shutil
 from pathlib import Path
 
@@ -204,3 +205,45 @@ def test_closing_removes_the_copies(base, folder, tmp_path):
     path = Path(registry.publish("a", folder).ref.path)
     registry.close()
     assert not path.parent.exists()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_held_is_never_freed_and_the_rest_is_freed_once(registry, folder, freed, seed):
+    choose = random.Random(seed)
+    held, prepared, made = [], [], []
+    calls = ["publish", "prepare", "commit", "discard", "rollback", "remove"] + ["acquire"] * 4
+    for _ in range(120):
+        name, call = choose.choice("ab"), choose.choice(calls)
+        is_known = name in registry.names()
+        if call == "publish":
+            made.append(registry.publish(name, folder).ref)
+        elif call == "prepare":
+            prepared.append(registry.prepare(name, folder))
+            made.append(prepared[-1].ref)
+        elif call == "commit" and prepared:
+            generation = prepared.pop()
+            try:
+                registry.commit(generation)
+            except AdapterError:  # its name was loaded anew
+                registry.discard(generation)
+        elif call == "discard" and prepared:
+            registry.discard(prepared.pop(0))
+        elif call == "rollback" and is_known:
+            registry.rollback(name, choose.choice(registry.resolve(name).generations))
+        elif call == "remove" and is_known:
+            registry.remove(name)
+        elif call == "acquire" and is_known:
+            held.append(registry.acquire(name))
+        if held and choose.random() < 0.5:
+            registry.release(held.pop(choose.randrange(len(held))))
+        kept = {*held, *(one.ref for one in prepared), *(one.ref for one in registry.records())}
+        assert not kept & set(freed)
+        assert all(Path(ref.path).exists() for ref in kept)
+    for name in registry.names():
+        registry.remove(name)
+    while held:
+        registry.release(held.pop())
+    while prepared:
+        registry.discard(prepared.pop())
+    assert sorted(made, key=str) == sorted(freed, key=str)
+    assert not any(Path(ref.path).exists() for ref in made)
