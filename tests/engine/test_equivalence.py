@@ -50,7 +50,8 @@ def make_engine(folder: Path, **flags) -> Engine:
         (scheduler if name in scheduler else cache)[name] = value
     config = EngineConfig(
         model=ModelConfig(
-            base=str(folder), device="cpu", quantized_cache_dir=f"{folder}-4bit", **model
+            base=str(folder),
+            **{"device": "cpu", "quantized_cache_dir": f"{folder}-4bit", **model},
         ),
         cache=CacheConfig(**cache),
         scheduler=SchedulerConfig(**scheduler),
@@ -269,3 +270,14 @@ def test_a_regular_expression_is_followed_token_by_token(models):
         tokens = [letters[t] for d in deltas for t in d.token_ids if t != 2]
         assert re.fullmatch("[ab]{3}c[0-9]{2,4}", "".join(tokens))
     assert texts(found)["r9"] == texts(run(engine, [request(9)]))["r9"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_says_what_the_cpu_says(models):
+    """float32 on both; also sizes the cache from the device's memory."""
+    folder, _ = models["llama"]
+    asked = [request(number) for number in range(6)]
+    engine = make_engine(folder, model={"device": "cuda"})
+    assert engine._runner.kv_caches[0][0].is_cuda
+    assert texts(run(engine, asked)) == texts(run(make_engine(folder), asked))
