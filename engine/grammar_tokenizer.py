@@ -8,56 +8,11 @@ model's own tokenizer would begin the forced text.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError, GrammarError
-
-
-def load_llguidance() -> Any:
-    """The package, imported when it is first needed.
-
-    Raises:
-        GrammarError: it is not installed.
-    """
-    try:
-        import llguidance
-    except ImportError as error:
-        raise GrammarError(
-            "Structured output needs the package llguidance, which is not installed on this "
-            "server. Install it with: pip install llguidance"
-        ) from error
-    return llguidance
-
-
-@cache
-def byte_tokenizer() -> Any:
-    """256 bytes and an end: enough to try a grammar out."""
-    tokens = [bytes([i]) for i in range(256)] + [b"<eos>"]
-    return load_llguidance().LLTokenizer(
-        load_llguidance().TokenizerWrapper(_Vocabulary(tokens, [256], 256, list))
-    )
-
-
-class _Vocabulary:
-    """A tokenizer in the shape that llguidance takes."""
-
-    def __init__(
-        self,
-        tokens: list[bytes],
-        special_ids: list[int],
-        eos_id: int,
-        encode: Callable[[bytes], list[int]],
-    ) -> None:
-        self.tokens = tokens
-        self.special_token_ids = special_ids
-        self.eos_token_id = eos_id
-        self.bos_token_id = None
-        self._encode = encode
-
-    def __call__(self, text: bytes) -> list[int]:
-        return self._encode(text)
+from engine.errors import CheckpointError
+from engine.grammar_check import Vocabulary, load_llguidance
 
 
 def load_tokenizer(folder: Path, eos_token_ids: list[int]) -> Any:
@@ -152,6 +107,6 @@ def _make_tokenizer(
         return token_ids
 
     llguidance = load_llguidance()
-    vocabulary = _Vocabulary(tokens, sorted(special_ids), eos_token_ids[0], encode_exactly)
+    vocabulary = Vocabulary(tokens, sorted(special_ids), eos_token_ids[0], encode_exactly)
     wrapped = llguidance.TokenizerWrapper(vocabulary)
     return llguidance.LLTokenizer(wrapped, eos_token=eos_token_ids)
