@@ -101,11 +101,23 @@ class CountAnswers:
             await self._app(scope, receive, send)
             return
 
+        def count(status: int) -> None:
+            route = getattr(scope.get("route"), "path", "other")
+            method = scope["method"] if route != "other" else "other"
+            self._metrics.http.labels(method, route, str(status)).inc()
+
+        has_begun = False
+
         async def counted(message: Message) -> None:
+            nonlocal has_begun
             if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", "other")
-                method = scope["method"] if route != "other" else "other"
-                self._metrics.http.labels(method, route, str(message["status"])).inc()
+                has_begun = True
+                count(message["status"])
             await send(message)
 
-        await self._app(scope, receive, counted)
+        try:
+            await self._app(scope, receive, counted)
+        except Exception:
+            if not has_begun:
+                count(500)  # which Starlette sends, further out
+            raise

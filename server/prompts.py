@@ -26,6 +26,7 @@ from server.sampling import (
 from server.schemas import ChatCompletionRequest, CompletionRequest, Message
 from server.state import Lease, ServerState
 from server.tokenizer import Tokenizer
+from server.tool_parser import CALL_BEGIN
 from server.tools import ToolPlan, plan_response_format, plan_tools
 
 
@@ -81,6 +82,11 @@ def chat_job(
         grammar=grammar,
         info=info,
     )
+    # Some models write the markers of a call as control tokens; the parser has to see them.
+    tokenizer = state.tokenizer
+    shows_calls = bool(plan.tool_names) and any(
+        tokenizer.piece(token_id) == CALL_BEGIN.encode() for token_id in tokenizer.special_ids
+    )
     job = Job(
         request_id=request_id,
         prompts=(tuple(token_ids),),
@@ -90,7 +96,7 @@ def chat_job(
         lora_scale=1.0 if body.lora_scale is None else body.lora_scale,
         priority=body.priority or 0,
         stops=tuple(dict.fromkeys((*body.stops(), *template.stops))),
-        skip_special_tokens=body.skip_special_tokens is not False,
+        skip_special_tokens=_or_default(body.skip_special_tokens, not shows_calls),
         continues_prompt=bool(body.continue_final_message),
     )
     return ChatJob(job=job, plan=plan)
