@@ -88,7 +88,7 @@ def read_chat_template(folder: Path) -> str | None:
 
 def listed(names: Sequence[str]) -> str:
     """Up to four names for an error message."""
-    shown = ", ".join(names[:4])
+    shown = ", ".join(name[:200] for name in names[:4])
     return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from adapters.folder import TensorHeader, listed
 from adapters.layout import PREFIX, VOCABULARY_MODULES, Layout, module_shapes
 from adapters.peft_config import PeftConfig
+from adapters.peft_options import shorten
 from engine.lora import EMBEDDING, SCORE_HEAD
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _check_targets(
     tied = set(VOCABULARY_MODULES) if is_tied else set()
     if not targeted and not tied:
         names = config.target_modules
-        text = repr(names) if isinstance(names, str) else _some(names)
+        text = shorten(names) if isinstance(names, str) else _some(names)
         problems.append(
             f"target_modules matches no module of this base: found {text}, the base has "
             f"{_some(known)}"

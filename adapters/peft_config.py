@@ -17,6 +17,13 @@ from typing import Any
 from adapters.folder import CONFIG_FILE, MAX_TEXT_BYTES
 from adapters.peft_options import shorten, unsupported_options
 
+Pattern = tuple[tuple[re.Pattern[str], float], ...]
+"""Regular expressions for the ends of module paths, and the number of each; the first match counts.
+
+Compiled once: large adapters have one per layer, more than re's own cache holds.
+"""
+MAX_NUMBER = 1e9
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeftConfig:
@@ -25,8 +32,8 @@ class PeftConfig:
     r: int
     lora_alpha: float
     use_rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Pattern
+    alpha_pattern: Pattern
     target_modules: tuple[str, ...] | str | None
     """Names, a regular expression, or None for peft's defaults of the architecture."""
     exclude_modules: tuple[str, ...] | str
@@ -100,7 +107,7 @@ def read_config(folder: Path, problems: list[str]) -> PeftConfig | None:
         return None
     peft_type = fields.get("peft_type")
     if peft_type != "LORA":
-        problems.append(f"peft_type: found {peft_type!r}; only 'LORA' is served")
+        problems.append(f"peft_type: found {shorten(peft_type)}; only 'LORA' is served")
         return None
     problems += unsupported_options(fields)
     reader = _Reader(fields, problems)
@@ -124,10 +131,8 @@ class _Reader:
         config = PeftConfig(
             r=int(self._positive("r", self._fields.get("r", 8), whole=True)),
             lora_alpha=self._positive("lora_alpha", self._fields.get("lora_alpha", 8)),
-            use_rslora=bool(self._fields.get("use_rslora")),
-            rank_pattern={
-                key: int(value) for key, value in self._pattern("rank_pattern", whole=True).items()
-            },
+            use_rslora=self._boolean("use_rslora"),
+            rank_pattern=self._pattern("rank_pattern", whole=True),
             alpha_pattern=self._pattern("alpha_pattern"),
             target_modules=self._names_or_regex("target_modules")
             if self._fields.get("target_modules") is not None
@@ -136,8 +141,8 @@ class _Reader:
             layers_to_transform=self._integers("layers_to_transform", layers),
             layers_pattern=self._strings("layers_pattern"),
             modules_to_save=self._strings("modules_to_save"),
-            use_dora=bool(self._fields.get("use_dora")),
-            ensure_weight_tying=bool(self._fields.get("ensure_weight_tying")),
+            use_dora=self._boolean("use_dora"),
+            ensure_weight_tying=self._boolean("ensure_weight_tying"),
             task_type=self._fields.get("task_type"),
             base_model=self._optional_string("base_model_name_or_path"),
         )
@@ -145,34 +150,45 @@ class _Reader:
             self._problems.append(
                 "layers_to_transform has no meaning when target_modules is a regular expression"
             )
-        self._check_regexes("rank_pattern", config.rank_pattern)
-        self._check_regexes("alpha_pattern", config.alpha_pattern)
-        self._check_regexes("layers_pattern", config.layers_pattern)
-        self._check_regexes("modules_to_save", config.modules_to_save)
+        self._compile_all("layers_pattern", config.layers_pattern)
+        self._compile_all("modules_to_save", config.modules_to_save)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(config, name)
-            self._check_regexes(name, (value,) if isinstance(value, str) and value else ())
+            self._compile_all(name, (value,) if isinstance(value, str) else ())
         return config
 
     def _positive(self, name: str, value: object, *, whole: bool = False) -> float:
         kinds = int if whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= MAX_NUMBER:
             kind = "positive whole number" if whole else "positive number"
             self._problems.append(f"{name}: found {shorten(value)}, expected a {kind}")
             return 1
         return value
 
-    def _pattern(self, name: str, *, whole: bool = False) -> dict[str, float]:
+    def _boolean(self, name: str) -> bool:
+        value = self._fields.get(name)
+        if value is not None and not isinstance(value, bool):
+            self._problems.append(f"{name}: found {shorten(value)}, expected true or false")
+        return value is True
+
+    def _pattern(self, name: str, *, whole: bool = False) -> Pattern:
+        """Keys and numbers, the keys compiled to what peft matches with."""
         value = self._fields.get(name) or {}
         if not isinstance(value, dict):
             self._problems.append(
                 f"{name}: found {shorten(value)}, expected an object of names and numbers"
             )
-            return {}
-        return {
-            key: self._positive(f"{name}[{key!r}]", number, whole=whole)
+            return ()
+        self._compile_all(name, value)
+        if not self.is_usable:
+            return ()
+        return tuple(
+            (
+                re.compile(rf"(.*\.)?({key})$"),
+                self._positive(f"{name}[{key!r}]", number, whole=whole),
+            )
             for key, number in value.items()
-        }
+        )
 
     def _strings(self, name: str) -> tuple[str, ...]:
         value = self._fields.get(name) or []
@@ -199,12 +215,13 @@ class _Reader:
         value = self._fields.get(name)
         return value if isinstance(value, str) else None
 
-    def _check_regexes(self, name: str, patterns: Iterable[str]) -> None:
+    def _compile_all(self, name: str, patterns: Iterable[str]) -> None:
         for pattern in patterns:
             try:
                 re.compile(pattern)
-            except re.error as error:
-                self._problems.append(f"{name}: {pattern!r} is not a regular expression: {error}")
+            except (re.error, RecursionError, OverflowError) as error:
+                found = shorten(pattern)
+                self._problems.append(f"{name}: {found} is not a regular expression: {error}")
                 self.is_usable = False
 
 
@@ -228,9 +245,5 @@ def _layer_index(path: str, patterns: tuple[str, ...]) -> int | None:
     return None
 
 
-def _by_pattern(pattern: Mapping[str, float], path: str, default: float) -> float:
-    """The value of the first key that matches the end of the path, as in peft."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
+def _by_pattern(pattern: Pattern, path: str, default: float) -> float:
+    return next((value for regex, value in pattern if regex.match(path)), default)
