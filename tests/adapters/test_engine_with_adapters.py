@@ -13,7 +13,7 @@ from engine.config import CacheConfig, EngineConfig, LoraConfig, ModelConfig
 from engine.startup import create_engine
 from tests.adapters.tiny_bases import (
     oracle_logits,
-    random_llama,
+    random_model,
     ref_to,
     run,
     wait_until_placed,
@@ -110,7 +110,7 @@ def test_greedy_text_of_many_adapters_is_that_of_peft(
 
 
 def test_reward_scores_are_those_of_transformers(base, peft_adapter, registry, make_engine):
-    classifier = random_llama({}, "LlamaForSequenceClassification")
+    classifier = random_model({}, "SequenceClassification")
     classifier.model.load_state_dict(base.oracle.model.state_dict())
     folder, oracle = peft_adapter(classifier, task_type="SEQ_CLS", target_modules="all-linear")
     ref = registry.publish("reward", folder).ref

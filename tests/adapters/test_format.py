@@ -13,7 +13,7 @@ from adapters.format import inspect_adapter, read_adapter
 from adapters.writer import write_adapter
 from engine.errors import AdapterError
 from engine.lora import LoraModule, LoraWeights
-from tests.adapters.tiny_bases import oracle_logits, random_llama, ref_to, run, wait_until_placed
+from tests.adapters.tiny_bases import oracle_logits, random_model, ref_to, run, wait_until_placed
 
 LAYER = "base_model.model.model.layers.0.self_attn"
 
@@ -465,7 +465,7 @@ def test_peft_loads_what_we_write_and_gives_our_logits(base, tmp_path, make_pool
     options = dict(options)
     weights = random_weights(base, dora=options.pop("dora", False))
     write_adapter(tmp_path / "a", weights, base_model="tiny", **options)
-    oracle = peft.PeftModel.from_pretrained(random_llama({}), tmp_path / "a").eval()
+    oracle = peft.PeftModel.from_pretrained(random_model({}), tmp_path / "a").eval()
     pool = make_pool(base)
     row = wait_until_placed(pool, ref_to(tmp_path / "a"))
     torch.testing.assert_close(
