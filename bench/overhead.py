@@ -103,6 +103,7 @@ def main() -> None:
             "cpu": cpu_name(),
             "num_cpus": os.cpu_count(),
             "load_1min": round(os.getloadavg()[0], 2),
+            "niceness": os.nice(0),
         },
         "versions": {
             "python": platform.python_version(),
