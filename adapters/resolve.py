@@ -5,6 +5,7 @@ Only files that are data are ever downloaded: safetensors, JSON, tokenizers, tem
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ DOWNLOADED = [
     "merges.txt",
     "vocab.txt",
 ]
+NOT_DOWNLOADED = ["*/*", "consolidated*"]  # training checkpoints, second copies of the weights
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -48,7 +50,7 @@ def resolve_base(name: str, model_dir: str | Path | None) -> Path:
         return DEMO / "model"
     tried: list[str] = []
     folders = [
-        Path(name).expanduser(),
+        Path(os.path.expanduser(name)),
         *([Path(model_dir) / name] if model_dir is not None else []),
     ]
     for path in folders:
@@ -74,7 +76,7 @@ def resolve_adapter(name: str, base: str, adapter_dirs: Sequence[str | Path]) ->
         AdapterError: not found; the message lists everything that was tried.
     """
     tried: list[str] = []
-    folders = [Path(name).expanduser(), *(Path(folder) / name for folder in adapter_dirs)]
+    folders = [Path(os.path.expanduser(name)), *(Path(folder) / name for folder in adapter_dirs)]
     if base == DEMO_BASE and NAME.fullmatch(name):
         folders.append(DEMO / "adapters" / name)
     for path in folders:
@@ -82,13 +84,14 @@ def resolve_adapter(name: str, base: str, adapter_dirs: Sequence[str | Path]) ->
             return path
     repository = name
     if name.lower() == "guanaco":
-        size = re.search(r"(?<![\d.])(7|13|30|33|65)b\b", base.lower())
+        size = _llama_size(base)
         if size is None:
             tried.append(
-                f"the alias guanaco: {base!r} does not say whether it is 7b, 13b, 33b or 65b"
+                f"the alias guanaco: trained on the first LLaMA of 7b, 13b, 33b or 65b, and "
+                f"{base!r} does not say that it is one of them"
             )
         else:
-            repository = f"timdettmers/guanaco-{GUANACO_SIZES[size[0]]}"
+            repository = f"timdettmers/guanaco-{GUANACO_SIZES[size]}"
     folder = _download(repository, tried)
     if folder is None:
         raise AdapterError(_not_found("adapter", name, tried))
@@ -129,6 +132,17 @@ def check_name(name: str) -> None:
         )
 
 
+def _llama_size(base: str) -> str | None:
+    """7b, 13b, 30b, 33b or 65b, where a base's name says that it is the first LLaMA of that size.
+
+    Its successors have layers of the same shapes, so that a wrong choice would not show.
+    """
+    name = base.lower()
+    size = re.search(r"(?<![\d.])(7|13|30|33|65)b\b", name)
+    is_successor = re.search(r"llama[-_ ]?v?[2-9](?!\d*b)", name) is not None
+    return size[0] if size is not None and "llama" in name and not is_successor else None
+
+
 def _has_file(folder: Path, file: str, tried: list[str]) -> bool:
     try:
         if (folder / file).is_file():
@@ -154,7 +168,9 @@ def _download(repository: str, tried: list[str]) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=DOWNLOADED))
+        return Path(
+            snapshot_download(repository, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED)
+        )
     # The hub's own errors are HTTP or OS errors too: no such repository, gated, not in the cache.
     except (httpx.HTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

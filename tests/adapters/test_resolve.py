@@ -37,9 +37,10 @@ def hub(monkeypatch, tmp_path):
             self.asked = []
             self.has = {}
 
-        def __call__(self, repository, allow_patterns):
+        def __call__(self, repository, allow_patterns, ignore_patterns):
             self.asked.append(repository)
             self.patterns = allow_patterns
+            assert "*/*" in ignore_patterns
             answer = self.has.get(
                 repository, LocalEntryNotFoundError("offline and not in the cache")
             )
@@ -158,6 +159,7 @@ def test_adapters_are_found_locally_in_their_folders_or_in_the_demo(hub, tmp_pat
         ("llama-7b", "timdettmers/guanaco-7b"),
         ("huggyllama/llama-30b", "timdettmers/guanaco-33b"),
         ("/models/LLaMA-65B-nf4", "timdettmers/guanaco-65b"),
+        ("llama13b", "timdettmers/guanaco-13b"),
     ],
 )
 def test_guanaco_follows_the_size_of_the_base(hub, tmp_path, base, repository):
@@ -166,9 +168,12 @@ def test_guanaco_follows_the_size_of_the_base(hub, tmp_path, base, repository):
     assert hub.asked == [repository]
 
 
-@pytest.mark.parametrize("base", ["mistral", "llama-3.7b", "qwen-1.7b", "llama-70b"])
-def test_guanaco_of_an_unknown_size_is_refused_with_the_reason(hub, base):
-    with pytest.raises(AdapterError, match="does not say whether it is 7b, 13b, 33b or 65b"):
+@pytest.mark.parametrize(
+    "base",
+    ["mistral-7b", "llama-3.7b", "qwen-1.7b", "llama-70b", "Llama-2-7b-hf", "llama2_13b", "/m/x"],
+)
+def test_guanaco_is_refused_where_the_base_is_not_a_first_llama(hub, base):
+    with pytest.raises(AdapterError, match="does not say that it is one of them"):
         resolve_adapter("guanaco", base, [])
     assert hub.asked == []
 
