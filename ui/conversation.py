@@ -39,6 +39,8 @@ def byline(answer: Answer) -> str:
         notes.append(f"{answer.token_count} token{'s' if answer.token_count > 1 else ''}")
     if answer.tokens_per_s is not None:
         notes.append(f"{answer.tokens_per_s:.1f} tokens/s")
+    elif answer.is_done and not answer.is_stopped and answer.error is None:
+        notes.append("empty answer")
     if not answer.is_done:
         notes.append("…")
     elif answer.is_stopped:

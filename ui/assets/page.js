@@ -4,12 +4,42 @@
   const plainFetch = window.fetch;
   window.fetch = (input, init = {}) => {
     const key = sessionStorage.getItem("herd-api-key");
-    if (key && String(input.url ?? input).includes("/gradio_api/queue/join")) {
+    const url = String(input.url ?? input);
+    if (key && url.includes("/gradio_api/queue/join")) {
       const headers = new Headers(init.headers);
       headers.set("Authorization", "Bearer " + key);
       init = { ...init, headers };
     }
-    return plainFetch(input, init);
+    const reply = plainFetch(input, init);
+    return url.includes("/gradio_api/queue/data") ? reply.then(endOrderly) : reply;
+  };
+
+  // When the server goes away in mid-answer, Gradio's client takes its event stream for open for
+  // ever, and the page is dead. A proper ending lets the next event open a new stream, with the
+  // conversation still on the page.
+  const ending = [
+    { msg: "unexpected_error", message: "The connection to the server broke.", success: false },
+    { msg: "close_stream" },
+  ];
+  const endingBytes = new TextEncoder().encode(
+    ending.map((event) => `data: ${JSON.stringify(event)}\n\n`).join(""),
+  );
+  const endOrderly = (response) => {
+    if (!response.ok) return response;
+    const reader = response.body.getReader();
+    const body = new ReadableStream({
+      async pull(controller) {
+        try {
+          const { done, value } = await reader.read();
+          if (!done) return controller.enqueue(value);
+        } catch {
+          controller.enqueue(endingBytes);
+        }
+        controller.close();
+      },
+      cancel: (reason) => reader.cancel(reason),
+    });
+    return new Response(body, { status: response.status, headers: response.headers });
   };
   window.herdKeepKey = (key) =>
     // A header carries ASCII only.
