@@ -29,6 +29,7 @@ from adapters.layout_checks import check_layout
 from adapters.peft_config import PeftConfig, read_config
 from engine.errors import AdapterError
 from engine.lora import EMBEDDING, LoraModule, LoraWeights
+from engine.lora_placement import is_finite
 
 if TYPE_CHECKING:
     from engine.api import AdapterRef
@@ -102,7 +103,7 @@ def read_adapter(path: str | Path, spec: ModelSpec, *, label: str | None = None)
         tensors = _read_tensors(folder / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{label}: {WEIGHTS_FILE} cannot be read: {error}.") from error
-    broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    broken = [key for key, tensor in tensors.items() if not is_finite(tensor)]
     if broken:
         raise AdapterError(
             f"{label}: NaN or infinite values in {listed(broken)}. The training run diverged or "

@@ -8,7 +8,7 @@ import torch
 import engine.lora
 from engine.errors import AdapterError
 from engine.lora import EMBEDDING, LoraBatch, LoraModule, LoraWeights, PlacedModule, plan_layer
-from engine.lora_placement import dora_ratio, pack_adapter
+from engine.lora_placement import dora_ratio, is_finite, pack_adapter
 from kernels.nf4 import dequantize_4bit, quantize_4bit
 
 WIDTHS = {"q": 4, "k": 2, "lm_head": 5}
@@ -166,6 +166,16 @@ def test_values_too_large_for_float16_are_refused():
         pack_adapter(
             LoraWeights(modules={"q": module}), FourBitModel(), torch.float16, pin_memory=False
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_not_finite_is_found_anywhere(dtype, value):
+    for position in (0, 1000, 2047):
+        tensor = random(2, 1024).to(dtype)
+        assert is_finite(tensor)
+        tensor.view(-1)[position] = value
+        assert not is_finite(tensor)
 
 
 def test_tensors_in_the_buffer_are_aligned():
