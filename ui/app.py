@@ -21,6 +21,11 @@ from ui.mount import mount_blocks
 
 ASSETS = Path(__file__).parent / "assets"
 NOT_READY_INTERVAL_S = 2.0
+LOST = (
+    "The connection to the server broke. Once it is back, press Stop and then Regenerate: "
+    "the conversation is still here."
+)
+"""Shown by page.js, for then no event reaches this process."""
 MAX_SESSIONS = 500
 """Page loads that Gradio keeps settings for; the page needs none of them, so the oldest may go."""
 
@@ -70,6 +75,7 @@ def build_page(base_url: str, api_key: str | None = None, *, verify: bool = True
             gr.HTML('<h1><img src="favicon.ico" alt="">Herd</h1>', padding=False)
             reload = gr.Button("↻ Adapters", size="sm", scale=0, min_width=110)
         notice = gr.HTML(elem_id="herd-notice", padding=False)
+        gr.HTML(f'<span class="herd-error">{LOST}</span>', elem_id="herd-lost", padding=False)
         with gr.Row(visible=False, elem_id="herd-key") as key_row:
             key = gr.Textbox(label="API key", type="password", info="It stays in this browser tab.")
             use_key = gr.Button("Use this key", scale=0)

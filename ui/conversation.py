@@ -39,12 +39,12 @@ def byline(answer: Answer) -> str:
         notes.append(f"{answer.token_count} token{'s' if answer.token_count > 1 else ''}")
     if answer.tokens_per_s is not None:
         notes.append(f"{answer.tokens_per_s:.1f} tokens/s")
-    elif answer.is_done and not answer.is_stopped and answer.error is None:
-        notes.append("empty answer")
     if not answer.is_done:
         notes.append("…")
     elif answer.is_stopped:
         notes.append("stopped")
+    elif answer.error is None and not answer.text:
+        notes.append("empty answer")
     elif answer.error is None and answer.finish_reason is not None:
         notes.append(FINISH_NOTES.get(answer.finish_reason, answer.finish_reason))
     line = _byline_html(answer.model, notes)

@@ -1,4 +1,4 @@
-"""Put a Gradio page into the API's FastAPI app at "/", with no more of Gradio than the page uses.
+"""Put a Gradio page into the API's FastAPI app at "/", with no more of Gradio than it uses.
 
 Gradio's own mount answers every path that the API does not know, so that a mistyped API route would
 get Gradio's reply instead of the API's error; and it brings uploads, file serving and a proxy that

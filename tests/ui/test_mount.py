@@ -8,8 +8,8 @@ from ui.app import build_page, mount_page
 
 @pytest.fixture
 def http(served_api):
-    served_api[0].reset()
-    with httpx.Client(base_url=served_api[1], trust_env=False) as http:
+    served_api.api.reset()
+    with httpx.Client(base_url=served_api.url, trust_env=False) as http:
         yield http
 
 

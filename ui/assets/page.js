@@ -17,25 +17,29 @@
   // When the server goes away in mid-answer, Gradio's client takes its event stream for open for
   // ever, and the page is dead. A proper ending lets the next event open a new stream, with the
   // conversation still on the page.
-  const ending = [
+  const farewell = [
     { msg: "unexpected_error", message: "The connection to the server broke.", success: false },
     { msg: "close_stream" },
   ];
-  const endingBytes = new TextEncoder().encode(
-    ending.map((event) => `data: ${JSON.stringify(event)}\n\n`).join(""),
-  );
+  const farewellText = farewell.map((event) => `data: ${JSON.stringify(event)}\n\n`).join("");
+  const showLost = (isLost) =>
+    document.getElementById("herd-lost")?.classList.toggle("herd-shown", isLost);
   const endOrderly = (response) => {
     if (!response.ok) return response;
+    showLost(false);
     const reader = response.body.getReader();
+    const decoder = new TextDecoder("latin1"); // only to look for ASCII
+    let isClosed = false;
     const body = new ReadableStream({
       async pull(controller) {
-        try {
-          const { done, value } = await reader.read();
-          if (!done) return controller.enqueue(value);
-        } catch {
-          controller.enqueue(endingBytes);
+        const { done, value } = await reader.read().catch(() => ({ done: true }));
+        if (done && !isClosed) {
+          showLost(true);
+          controller.enqueue(new TextEncoder().encode(farewellText));
         }
-        controller.close();
+        if (done) return controller.close();
+        isClosed ||= decoder.decode(value).includes('"msg":"close_stream"');
+        controller.enqueue(value);
       },
       cancel: (reason) => reader.cancel(reason),
     });
