@@ -5,6 +5,8 @@ Whatever happens to the folder it came from, requests that use a generation find
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import tempfile
 import time
@@ -12,7 +14,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from adapters.confine import copy_adapter
 from adapters.format import AdapterInfo, inspect_adapter
@@ -21,6 +23,11 @@ from engine.errors import AdapterError
 
 if TYPE_CHECKING:
     from engine.model_config import ModelSpec
+
+
+PREFIX = "herd-adapters-"
+LOCK_FILE = "lock"
+MIN_STALE_S = 60.0  # a folder that another server has just made may not be locked yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +47,9 @@ class GenerationFolder:
 
     def __init__(self, spec: ModelSpec, parent: Path | None) -> None:
         self._spec = spec
-        self._folder = Path(tempfile.mkdtemp(prefix="herd-adapters-", dir=parent))
+        self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        self._lock = _lock(self._folder)  # for as long as this process lives
+        _remove_stale(self._folder.parent)
         self.close = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         """Removes every copy; happens by itself at exit."""
 
@@ -74,3 +83,27 @@ class GenerationFolder:
     def remove(self, folder: str | Path) -> None:
         """Delete one copy."""
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(folder: Path) -> IO[str] | None:
+    """Lock a server's folder; None where another process holds it or it is not there."""
+    try:
+        file = (folder / LOCK_FILE).open("a")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return None
+    return file
+
+
+def _remove_stale(parent: Path) -> None:
+    """Delete what servers left behind that were killed: folders that nobody holds any more."""
+    for folder in parent.glob(f"{PREFIX}*"):
+        try:
+            status = (folder / LOCK_FILE).lstat()
+        except OSError:
+            continue
+        is_ours = status.st_uid == os.getuid() and time.time() - status.st_mtime > MIN_STALE_S
+        lock = _lock(folder) if is_ours else None
+        if lock is not None:
+            with lock:
+                shutil.rmtree(folder, ignore_errors=True)

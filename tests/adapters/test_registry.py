@@ -1,7 +1,9 @@
 """Names, uids, generations: what is current, held and freed, and what survives its folder."""
 
+import os
 import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -97,7 +99,7 @@ def test_a_broken_adapter_leaves_nothing_behind(registry, folder, tmp_path):
     copies = next(path for path in tmp_path.iterdir() if path.name.startswith("herd-adapters-"))
     with pytest.raises(AdapterError, match=r"^a \(.*\): this adapter cannot be served"):
         registry.publish("a", folder)
-    assert list(copies.iterdir()) == []
+    assert [path.name for path in copies.iterdir()] == ["lock"]
     assert registry.names() == ()
 
 
@@ -205,6 +207,25 @@ def test_closing_removes_the_copies(base, folder, tmp_path):
     path = Path(registry.publish("a", folder).ref.path)
     registry.close()
     assert not path.parent.exists()
+
+
+def test_what_a_killed_server_left_behind_is_removed(base, folder, tmp_path):
+    long_ago = time.time() - 3600
+    left = tmp_path / "herd-adapters-left"
+    left.mkdir()
+    (left / "lock").touch()
+    os.utime(left / "lock", (long_ago, long_ago))
+    young = tmp_path / "herd-adapters-young"
+    young.mkdir()
+    (young / "lock").touch()
+    running = Registry(base.model.spec, folder=tmp_path)
+    kept = Path(running.publish("a", folder).ref.path)
+    os.utime(kept.parent / "lock", (long_ago, long_ago))
+    Registry(base.model.spec, folder=tmp_path).close()
+    assert not left.exists()
+    assert young.exists()
+    assert kept.exists()  # its server holds it
+    running.close()
 
 
 @pytest.mark.parametrize("seed", range(4))
