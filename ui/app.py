@@ -78,7 +78,7 @@ def build_page(base_url: str, api_key: str | None = None, *, verify: bool = True
         gr.HTML(f'<span class="herd-error">{LOST}</span>', elem_id="herd-lost", padding=False)
         with gr.Row(visible=False, elem_id="herd-key") as key_row:
             key = gr.Textbox(label="API key", type="password", info="It stays in this browser tab.")
-            use_key = gr.Button("Use this key", scale=0)
+            use_key = gr.Button("Use this key", size="sm", scale=0, min_width=120)
         with gr.Row():
             with gr.Column(scale=3, min_width=300), gr.Tabs():
                 with gr.Tab("Chat"):

@@ -138,7 +138,7 @@ class Talk:
         if text.strip():
             asked = [[*history, talk.user_message(text)] for history in self._histories(values)]
             histories = dict(enumerate(asked))
-        async for updates in self._answer(histories, values, request, box=""):
+        async for updates in self._answer(histories, values, request, value=""):
             yield updates
 
     async def ask_again(self, values: Values, request: gr.Request) -> AsyncIterator[Updates]:
@@ -187,7 +187,10 @@ class Talk:
     async def _answer(
         self, histories: dict[int, History], values: Values, request: gr.Request, **box: Any
     ) -> AsyncIterator[Updates]:
-        """Stream an answer into each of these columns, whose conversations end in a question."""
+        """Stream an answer into each of these columns, whose conversations end in a question.
+
+        `box` is what else changes about the message box when it starts.
+        """
         histories = {column: history for column, history in histories.items() if history}
         models = {column: values[self.view.pickers[column]] for column in histories}
         try:
@@ -219,7 +222,7 @@ class Talk:
                 for i, answer in columns.items()
             }
 
-        yield {**drawn(), **self._busy(**({"value": box["box"]} if box else {}))}
+        yield {**drawn(), **self._busy(**box)}
         session, stop = request.session_hash or "", asyncio.Event()
         self.running[session] = stop
         try:
