@@ -79,9 +79,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return _from_transformers(folder)
     if (folder / "tokenizer.model").is_file():
         return _from_sentencepiece(folder)
-    found = sorted(path.name for path in folder.glob("*token*"))
-    if {"vocab.json", "merges.txt"} <= {path.name for path in folder.iterdir()} or found:
-        return _from_transformers(folder)
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return _from_transformers(folder)  # the older form of a byte-level tokenizer
     raise CheckpointError(
         f"{folder}: no tokenizer. Expected tokenizer.json or tokenizer.model; copy the file "
         f"from the model's original folder, or name a folder that has one with --tokenizer."

@@ -112,11 +112,22 @@ async def test_without_keys_only_this_machine_may_change_the_server(method, path
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "localhost.evil.example", "127.0.0.1@evil", ":::"]
+    "host",
+    [
+        "evil.example",
+        "localhost.evil.example",
+        "127.0.0.1@evil",
+        ":::",
+        "[::1",
+        "[x]:80",
+        "localhost:80:80",
+        "localhost/x",
+        "é",
+    ],
 )
 async def test_a_rebound_host_name_is_refused(host):
     async with connect() as client:
-        response = await client.get("/v1/models", headers={"Host": host})
+        response = await client.get("/v1/models", headers={"Host": host.encode()})
         assert (response.status_code, response.json()["error"]["code"]) == (403, "host_not_allowed")
 
 

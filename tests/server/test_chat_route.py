@@ -213,6 +213,13 @@ async def test_an_adapter_is_chosen_by_name_and_its_generation_told(client, engi
     assert "x-herd-adapter-generation" not in base.headers
 
 
+async def test_a_scale_without_an_adapter_is_refused(client, engine):
+    for url, body in ((URL, ask(lora_scale=0.5)), ("/v1/completions", {"prompt": "x"})):
+        response = await client.post(url, json={**body, "model": "base", "lora_scale": 0.5})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "lora_scale")
+    assert engine.requests == []
+
+
 async def test_an_unknown_model_is_never_the_base(client, engine):
     for model in ("nope", "", "base ", "x" * 10_000):
         response = await client.post(URL, json=ask(model=model))

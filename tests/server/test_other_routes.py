@@ -362,6 +362,16 @@ async def test_answers_are_counted_by_route_and_status(client, engine):
         assert f"herd_http_requests_total{labels} 1.0" in text
 
 
+async def test_adapters_that_are_loaded_are_shown(client, engine, state):
+    ref = add_adapter(state, "ada")
+    add_adapter(state, "bob")
+    engine.stats = EngineStats(resident_adapters=((ref.uid, ref.generation),))
+    found = await metrics(client)
+    assert found["herd_adapter_resident", "ada", None] == 1
+    assert found["herd_adapter_resident", "bob", None] == 0
+    assert found["herd_adapter_requests_running", "ada", None] == 0
+
+
 async def test_metrics_work_while_the_engine_loads(client, engine):
     engine.state = "loading"
     assert (await client.get("/metrics")).status_code == 200
