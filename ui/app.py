@@ -68,7 +68,7 @@ def build_page(base_url: str, api_key: str | None = None, *, verify: bool = True
         verify: check the certificate of an https address.
     """
     client = Client(base_url, verify=verify)
-    page = gr.Blocks(title="Herd", analytics_enabled=False)
+    page = gr.Blocks(title="Herd", analytics_enabled=False, fill_width=True)
     page.state_session_capacity = MAX_SESSIONS
     with page:
         with gr.Row(elem_id="herd-header"):
@@ -147,7 +147,7 @@ def _settings() -> Settings:
 def _view(*titles: str, autofocus: bool = False) -> View:
     """One tab: a picker and a conversation per title, and one box to ask them all."""
     pickers, chatbots = [], []
-    with gr.Row(elem_classes="herd-columns"):
+    with gr.Row(elem_classes=["herd-columns", f"herd-{len(titles)}-columns"]):
         for title in titles:
             with gr.Column(min_width=260):
                 pickers.append(gr.Dropdown([], label=title, filterable=False))
