@@ -16,7 +16,8 @@ import gradio as gr
 from fastapi import FastAPI
 
 from ui.client import Client
-from ui.handlers import Models, Settings, Talk, View
+from ui.handlers import Settings, Talk, View
+from ui.models import Models
 from ui.mount import mount_blocks
 
 ASSETS = Path(__file__).parent / "assets"
