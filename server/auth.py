@@ -61,7 +61,7 @@ def _check(request: Request, keys: Sequence[str]) -> None:
         raise ApiError(
             401,
             "This route needs an API key. Send it as 'Authorization: Bearer KEY'.",
-            code="missing_api_key",
+            code="invalid_api_key",
         )
     found = given.strip().encode("latin-1")  # the bytes, as Starlette decoded them
     # Every key is compared, in constant time: the time taken says nothing about any of them.

@@ -16,6 +16,7 @@ from engine.grammar import check_grammar
 from server.chat_template import ChatTemplate, choose_template, no_template, render
 from server.errors import bad_request
 from server.generation import Job
+from server.message_schemas import Message
 from server.sampling import (
     DEFAULT_COMPLETION_TOKENS,
     check_prompt,
@@ -23,7 +24,7 @@ from server.sampling import (
     sampling_params,
     structure_grammar,
 )
-from server.schemas import ChatCompletionRequest, CompletionRequest, Message
+from server.schemas import ChatCompletionRequest, CompletionRequest
 from server.state import Lease, ServerState
 from server.tokenizer import Tokenizer
 from server.tool_parser import CALL_BEGIN
