@@ -53,7 +53,7 @@ class ServerConfig:
     max_queued_requests: int = 512
     """Sequences that may wait for a place in the batch; more are answered with 503 and
     Retry-After."""
-    max_request_bytes: int = 16 * 1024 * 1024
+    max_request_bytes: int = 8 * 1024 * 1024
     """Largest request body."""
     shutdown_timeout_s: float = 30.0
     """After SIGTERM, how long running requests may take to finish."""
