@@ -1,7 +1,7 @@
 """Make the embedded demo from nothing: tokenizer, base model, 4-bit copy, two adapters, check.
 
-Run      python -m demo.train            (about half an hour on two cores; `make demo` calls it)
-         python -m demo.train --quick    (a minute: every step, but a model that babbles)
+Run      python -m demo.train            (20 to 45 minutes on two cores; `make demo`)
+         python -m demo.train --quick    (a minute: every step, a model that babbles)
 Writes   demo/build (intermediate, ignored by git), demo/model, demo/adapters/{guanaco,pirate}
 Sources  QLoRA, arXiv:2305.14314: adapters are trained on the frozen base's dequantised NF4 weights.
 """
@@ -32,7 +32,7 @@ BUILD = DEMO / "build"
 SEED = 20230523
 
 BASE_TOKENS = 3_200_000
-ADAPTER_TOKENS = {"guanaco": 1_500_000, "pirate": 500_000}
+ADAPTER_TOKENS = {"guanaco": 2_400_000, "pirate": 500_000}
 
 
 def make_tokenizer() -> None:
@@ -61,7 +61,7 @@ def make_adapter(tokenizer: PreTrainedTokenizerBase, style: str, num_tokens: int
     start = None if style == "guanaco" else DEMO / "adapters" / "guanaco"
     model = new_adapter(base, start, SEED)
     batches = conversation_batches(tokenizer, style, SEED)
-    train(model, batches, num_tokens, learning_rate=2e-3, weight_decay=0.0, name=style)
+    train(model, batches, num_tokens, learning_rate=1.5e-3, weight_decay=0.0, name=style)
     save_adapter(model, DEMO / "adapters" / style, style)
     return model
 
