@@ -11,20 +11,23 @@ from typing import Any
 
 from adapters.registry import AdapterRecord
 from engine.api import GrammarSpec
+from engine.errors import GrammarError
 from engine.grammar import check_grammar
 from server.chat_template import ChatTemplate, choose_template, no_template, render
 from server.errors import bad_request
 from server.generation import Job
+from server.message_schemas import Message
 from server.sampling import (
     DEFAULT_COMPLETION_TOKENS,
     check_prompt,
+    check_text,
     clamp_max_tokens,
     sampling_params,
     structure_grammar,
 )
-from server.schemas import ChatCompletionRequest, CompletionRequest, Message
+from server.schemas import ChatCompletionRequest, CompletionRequest
 from server.state import Lease, ServerState
-from server.tokenizer import Tokenizer
+from server.tool_parser import CALL_BEGIN
 from server.tools import ToolPlan, plan_response_format, plan_tools
 
 
@@ -60,7 +63,7 @@ def chat_job(
     token_ids = chat_tokens(
         plan.messages,
         template,
-        state.tokenizer,
+        state,
         tools=plan.template_kwargs.get("tools"),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
@@ -80,6 +83,11 @@ def chat_job(
         grammar=grammar,
         info=info,
     )
+    # Some models write the markers of a call as control tokens; the parser has to see them.
+    tokenizer = state.tokenizer
+    shows_calls = bool(plan.tool_names) and any(
+        tokenizer.piece(token_id) == CALL_BEGIN.encode() for token_id in tokenizer.special_ids
+    )
     job = Job(
         request_id=request_id,
         prompts=(tuple(token_ids),),
@@ -89,7 +97,7 @@ def chat_job(
         lora_scale=1.0 if body.lora_scale is None else body.lora_scale,
         priority=body.priority or 0,
         stops=tuple(dict.fromkeys((*body.stops(), *template.stops))),
-        skip_special_tokens=body.skip_special_tokens is not False,
+        skip_special_tokens=_or_default(body.skip_special_tokens, not shows_calls),
         continues_prompt=bool(body.continue_final_message),
     )
     return ChatJob(job=job, plan=plan)
@@ -113,7 +121,7 @@ def completion_job(
     asked = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     prompts, params, texts = [], [], []
     for prompt in body.prompts():
-        token_ids = prompt if isinstance(prompt, list) else _encode(prompt, tokenizer, body)
+        token_ids = prompt if isinstance(prompt, list) else _encode(prompt, state, body)
         check_prompt(token_ids, info, "prompt")
         prompts.append(tuple(token_ids))
         params.append(
@@ -159,7 +167,7 @@ def completion_job(
 def chat_tokens(
     messages: Sequence[Mapping[str, Any]],
     template: ChatTemplate,
-    tokenizer: Tokenizer,
+    state: ServerState,
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool | None = None,
@@ -170,18 +178,19 @@ def chat_tokens(
     """Messages to prompt tokens.
 
     Raises:
-        ApiError: the template refuses them.
+        ApiError: the template refuses them, or they are far too long.
     """
     text = render(
         template,
         messages,
-        special_tokens=tokenizer.special_tokens,
+        special_tokens=state.tokenizer.special_tokens,
         tools=tools,
         add_generation_prompt=_or_default(add_generation_prompt, not continue_final_message),
         continue_final_message=continue_final_message,
         template_kwargs=template_kwargs,
     )
-    return tokenizer.encode(
+    check_text(text, state.tokenizer, state.info(), "messages")
+    return state.tokenizer.encode(
         text, add_special_tokens=_or_default(add_special_tokens, template.adds_special_tokens)
     )
 
@@ -229,11 +238,17 @@ def _one_grammar(first: GrammarSpec | None, second: GrammarSpec | None) -> Gramm
         )
     grammar = first or second
     if grammar is not None:
-        check_grammar(grammar)
+        try:
+            check_grammar(grammar)
+        except GrammarError as error:
+            error.param = error.param or ("response_format" if first else "structured_outputs")
+            raise
     return grammar
 
 
-def _encode(prompt: str, tokenizer: Tokenizer, body: CompletionRequest) -> list[int]:
+def _encode(prompt: str, state: ServerState, body: CompletionRequest) -> list[int]:
+    tokenizer = state.tokenizer
+    check_text(prompt, tokenizer, state.info(), "prompt")
     token_ids = tokenizer.encode(
         prompt, add_special_tokens=_or_default(body.add_special_tokens, True)
     )

@@ -46,6 +46,7 @@ def byte_tokenizer(chat_template: str | None = CHATML) -> Tokenizer:
         encode_text=encode,
         token_bytes=(*(bytes([i]) for i in range(256)), b"<s>", b"</s>"),
         vocab_size=258,
+        max_token_bytes=4,
         special_ids=frozenset((BOS, EOS)),
         special_tokens={"bos_token": "<s>", "eos_token": "</s>"},
         bos_token_id=BOS,
@@ -57,7 +58,7 @@ def byte_tokenizer(chat_template: str | None = CHATML) -> Tokenizer:
 class FakeEngine:
     """Answers every request with `answer(request)`, one token per delta, then the end token."""
 
-    answer: Callable[[GenerateRequest], str | bytes] = lambda request: "Hello, wörld!"  # noqa: ARG005
+    answer: Callable[[GenerateRequest], str | bytes | list[int]] = lambda request: "Hello, wörld!"  # noqa: ARG005
     state: str = "ready"
     stats: EngineStats = field(default_factory=EngineStats)
     progress: LoadProgress | None = None
