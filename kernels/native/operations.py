@@ -80,7 +80,6 @@ class NativeOperations:
         """Whether nf4_linear can run."""
         return (
             x.dtype in DTYPES
-            and x.is_contiguous()
             and all(weight.layout == "interleaved" for weight in weights)
         )
 
@@ -99,7 +98,6 @@ class NativeOperations:
             x.dtype in DTYPES
             and x.device.type == "cpu"
             and x.shape[1] % BLOCK == 0
-            and x.is_contiguous()
             and weight.is_contiguous()
         )
 
@@ -108,7 +106,7 @@ class NativeOperations:
         return self._linear(x, [dense_matrix(weight, bias)], weight.shape[0])
 
     def _linear(self, x: Tensor, matrices: list[Matrix], width: int) -> Tensor:
-        y = x.new_empty(len(x), width)
+        x, y = x.contiguous(), x.new_empty(len(x), width)
         array = (Matrix * len(matrices))(*matrices)
         self._library.herd_linear(
             DTYPES[x.dtype], array, len(matrices), x.data_ptr(), len(x), y.data_ptr(), width
