@@ -78,10 +78,7 @@ class NativeOperations:
 
     def accepts_nf4_linear(self, x: Tensor, weights: Sequence[QuantizedWeight], *_: object) -> bool:
         """Whether nf4_linear can run."""
-        return (
-            x.dtype in DTYPES
-            and all(weight.layout == "interleaved" for weight in weights)
-        )
+        return x.dtype in DTYPES and all(weight.layout == "interleaved" for weight in weights)
 
     def nf4_linear(
         self, x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]
