@@ -395,3 +395,5 @@ async def test_adapter_loads_are_counted(client, folder):  # noqa: ARG001
     found = await metrics(client)
     assert found["herd_adapter_load_seconds_count", "ada", None] == 1
     assert found["herd_adapter_generation", "ada", None] == 1
+    await client.post("/v1/unload_lora_adapter", json={"lora_name": "ada"})
+    assert ("herd_adapter_generation", "ada", None) not in await metrics(client)
