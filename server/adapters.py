@@ -16,9 +16,9 @@ from typing import Protocol
 from adapters.confine import confine
 from adapters.registry import AdapterRecord, Registry
 from engine.api import AdapterRef, AdapterReply
-from engine.errors import AdapterNotFound, EngineError
+from engine.errors import AdapterError, AdapterNotFound, EngineError
 from engine.model_config import ModelSpec
-from server.errors import ApiError, bad_request
+from server.errors import ApiError
 from server.metrics import Metrics
 
 log = logging.getLogger("herd.adapters")
@@ -99,6 +99,7 @@ class Adapters:
         """
         async with self._lock:
             self.registry.remove(name)
+        self._metrics.adapter_generation.remove(self._metrics.model_name, name)
         log.info("adapter %s unloaded", name)
 
     async def rollback(self, name: str, generation: int | None) -> AdapterRecord:
@@ -140,7 +141,12 @@ class Adapters:
         roots: Sequence[Path] | None,
     ) -> AdapterRecord:
         if name in self._reserved_names:
-            raise bad_request(f"'{name}' is the base model's name; choose another", "lora_name")
+            error = AdapterError(
+                f"An adapter cannot be called {name!r}: that is the base model's name. Choose "
+                f"another, or give the base one with --served-model-name."
+            )
+            error.param = "lora_name"
+            raise error
         before = self.registry.resolve(name) if name in self.registry.names() else None
         started = time.monotonic()
         prepared = await asyncio.to_thread(

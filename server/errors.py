@@ -34,7 +34,6 @@ STATUS = {
     "model_not_found": 404,
     "not_enough_memory": 503,
     "engine_restarting": 503,
-    "queue_full": 503,
 }
 RETRY_AFTER_S = {"queue_full": 1, "engine_restarting": 5, "engine_loading": 5, "shutting_down": 30}
 
@@ -121,9 +120,10 @@ def json_response(
 def from_validation(error: ValidationError) -> ApiError:
     """The first problem decides param and code; the message lists the first five."""
     problems = _deepest(error.errors(include_url=False, include_context=False, include_input=True))
-    shown = "; ".join(_describe(problem) for problem in problems[:5])
-    if len(problems) > 5:
-        shown += f"; and {len(problems) - 5} more"
+    texts = list(dict.fromkeys(map(_describe, problems)))  # arms of a union complain alike
+    shown = "; ".join(texts[:5])
+    if len(texts) > 5:
+        shown += f"; and {len(texts) - 5} more"
     first = problems[0]
     codes = {
         "extra_forbidden": "unknown_parameter",

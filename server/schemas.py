@@ -16,6 +16,7 @@ from server.message_schemas import (
     Text,
     TokenId,
     Tool,
+    check_continuation,
     only,
     unsupported,
 )
@@ -24,6 +25,13 @@ MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 INT64 = 2**63 - 1
+STRUCTURES = (
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
 Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
 
 
@@ -96,10 +104,7 @@ class GenerationRequest(Body):
                 )
             if self.stream and self.best_of > num_choices:
                 raise ValueError("best_of: cannot be streamed, the best is known at the end only")
-        extras = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
-        given = [
-            name for name in ("structured_outputs", *extras) if getattr(self, name) is not None
-        ]
+        given = [name for name in STRUCTURES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{given[1]}: cannot be combined with {given[0]}")
         return self
@@ -108,6 +113,11 @@ class GenerationRequest(Body):
         if self.stop is None:
             return []
         return [self.stop] if isinstance(self.stop, str) else list(dict.fromkeys(self.stop))
+
+    def structure_name(self) -> str:
+        """Which of vLLM's parameters asks for structured output, for error messages."""
+        given = (name for name in STRUCTURES if getattr(self, name) is not None)
+        return next(given, "structured_outputs")
 
     def structure(self) -> StructuredOutputs | None:
         """vLLM's older guided_* parameters and structured_outputs as one."""
@@ -172,13 +182,7 @@ class ChatCompletionRequest(GenerationRequest):
     def _consistent_chat(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: only allowed with logprobs=true")
-        if self.continue_final_message:
-            if self.add_generation_prompt:
-                raise ValueError(
-                    "continue_final_message: cannot be combined with add_generation_prompt"
-                )
-            if self.messages[-1].role != "assistant":
-                raise ValueError("continue_final_message: the last message must be the assistant's")
+        check_continuation(self.messages, self.continue_final_message, self.add_generation_prompt)
         if self.parallel_tool_calls is not None and not self.tools:
             raise ValueError("parallel_tool_calls: only allowed with tools")
         return self
