@@ -3,7 +3,9 @@
 Each operation's file holds its argument checks and its PyTorch reference, which is the definition
 of correct and takes any arguments on any device. A faster implementation is registered under the
 name of the operation, with a function that accepts or declines the arguments; the first that
-accepts runs, else the reference. HERD_KERNELS=reference turns all but the references off.
+accepts runs, else the reference. HERD_KERNELS=reference turns all but the references off;
+HERD_KERNELS=invariant keeps a token's bits independent of the batch at any size, where that is
+slower (on a GPU, above 64 tokens); by default they are up to there.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
+
+import torch
 
 Result = TypeVar("Result")
 
@@ -44,6 +48,7 @@ def unregister(operation: str, name: str) -> None:
 
 def dispatch(operation: str, reference: Callable[..., Result], *args: Any) -> Result:
     """Run the first registered implementation that accepts the arguments, else the reference."""
+    _register_all()
     for implementation in _implementations.get(operation, ()):
         if not reference_only() and implementation.accepts(*args):
             result: Result = implementation.run(*args)
@@ -51,16 +56,43 @@ def dispatch(operation: str, reference: Callable[..., Result], *args: Any) -> Re
     return reference(*args)
 
 
-@cache
+def _register_all() -> None:
+    """Let those that bring faster implementations register them, at the first call of any."""
+    while _registrars:
+        _registrars.pop()()  # taken out first: their self-tests call operations too
+
+
+def _register_gpu() -> None:
+    if torch.cuda.is_available() and not reference_only():
+        from kernels.gpu.register import register_gpu  # needs this module
+
+        register_gpu()
+
+
+_registrars = [_register_gpu]
+
+
 def reference_only() -> bool:
-    """Whether HERD_KERNELS asks for the references alone; it is read once.
+    """Whether HERD_KERNELS asks for the references alone."""
+    return _choice() == "reference"
+
+
+def batch_invariant() -> bool:
+    """Whether HERD_KERNELS asks for the same bits in any batch, whatever it costs."""
+    return _choice() == "invariant"
+
+
+@cache
+def _choice() -> str:
+    """HERD_KERNELS; it is read once.
 
     Raises:
-        ValueError: HERD_KERNELS is set to something that means nothing.
+        ValueError: it is set to something that means nothing.
     """
+    choices = ("auto", "reference", "invariant")
     choice = os.environ.get("HERD_KERNELS", "auto")
-    check(choice in ("auto", "reference"), "HERD_KERNELS", "auto or reference", choice)
-    return choice == "reference"
+    check(choice in choices, "HERD_KERNELS", "auto, reference or invariant", choice)
+    return choice
 
 
 def check(condition: bool, name: str, expected: object, found: object) -> None:
