@@ -21,30 +21,35 @@ BLOCK = 1024
 
 @triton.jit
 def _dequantize_kernel(
-    out, packed, absmax, nested, offset, values, scale_map, numel, group_size,
-    DOUBLE_QUANT: tl.constexpr, IS_WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+    out, packed, absmax, nested, offset, values, scale_map, numel,
+    GROUP: tl.constexpr, DOUBLE_QUANT: tl.constexpr, IS_WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program expands BLOCK bytes to 2 * BLOCK values. IS_WHOLE: no block is partial."""
-    byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    byte = tl.arange(0, BLOCK)
+    group = byte // (GROUP // 2)  # from the first of the block, which starts at one or lies in it
+    first_group = start // (GROUP // 2)
+    packed += start
     if IS_WHOLE:
         codes = tl.load(packed + byte).to(tl.int32)
-        group = byte // (group_size // 2)
     else:
-        codes = tl.load(packed + byte, mask=byte * 2 < numel, other=0).to(tl.int32)
-        group = tl.minimum(byte * 2, numel - 1) // group_size
+        there = (start + byte) * 2 < numel
+        codes = tl.load(packed + byte, mask=there, other=0).to(tl.int32)
+        group = tl.where(there, group, 0)
     if DOUBLE_QUANT:
-        scale = tl.load(scale_map + tl.load(absmax + group).to(tl.int32))
-        scale = scale * tl.load(nested + group // 256) + tl.load(offset)
+        code = tl.load(absmax + first_group + group).to(tl.int32)
+        fine = tl.load(nested + (first_group + group) // 256)
+        scale = tl.load(scale_map + code) * fine + tl.load(offset)
     else:
-        scale = tl.load(absmax + group)
+        scale = tl.load(absmax + first_group + group)
     high = tl.load(values + (codes >> 4)) * scale
     low = tl.load(values + (codes & 15)) * scale
     both = tl.interleave(high, low).to(out.dtype.element_ty)
-    at = tl.program_id(0).to(tl.int64) * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)
+    at = tl.arange(0, 2 * BLOCK)
     if IS_WHOLE:
-        tl.store(out + at, both)
+        tl.store(out + start * 2 + at, both)
     else:
-        tl.store(out + at, both, mask=at < numel)
+        tl.store(out + start * 2 + at, both, mask=start * 2 + at < numel)
 
 
 def accepts_dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
@@ -66,8 +71,8 @@ def dequantize_into(out: Tensor, weight: QuantizedWeight) -> None:
         out, weight.packed, weight.absmax,
         weight.absmax if weight.nested_absmax is None else weight.nested_absmax,
         weight.absmax if weight.nested_offset is None else weight.nested_offset,
-        values, scale_map, weight.numel, weight.group_size,
-        DOUBLE_QUANT=weight.nested_absmax is not None,
+        values, scale_map, weight.numel,
+        GROUP=weight.group_size, DOUBLE_QUANT=weight.nested_absmax is not None,
         IS_WHOLE=weight.numel % (2 * BLOCK) == 0, BLOCK=BLOCK,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
@@ -87,16 +92,18 @@ def _quantize_kernel(
     largest = tl.max(tl.maximum(tl.abs(high), tl.abs(low)), 1)
     # NaN is lost by the maximum; it comes back as a scale that is not finite.
     is_nan = tl.max(((high != high) | (low != low)).to(tl.int32), 1)
-    divisor = tl.maximum(largest, smallest)
-    is_partial = (group + 1) * GROUP > numel
-    largest = tl.where(is_partial, divisor, largest)
-    reciprocal = tl.div_rn(tl.full([GROUPS], 1.0, tl.float32), divisor)
-    wide = divisor[:, None] + tl.zeros_like(high)
+    divisor = tl.maximum(largest, smallest).to(tl.float32)
     # Full groups are multiplied by the reciprocal, a partial one is divided: kernels/nf4.py.
-    high_quotient = tl.div_rn(high, wide)
-    low_quotient = tl.div_rn(low, wide)
-    high = tl.where(is_partial[:, None], high_quotient, high * reciprocal[:, None])
-    low = tl.where(is_partial[:, None], low_quotient, low * reciprocal[:, None])
+    reciprocal = tl.div_rn(tl.full([GROUPS], 1.0, tl.float32), divisor)[:, None]
+    if (tl.program_id(0) + 1) * GROUPS * GROUP > numel:
+        is_partial = (group + 1) * GROUP > numel
+        largest = tl.where(is_partial, divisor, largest)
+        wide = divisor[:, None] + tl.zeros_like(high)
+        high = tl.where(is_partial[:, None], tl.div_rn(high, wide), high * reciprocal)
+        low = tl.where(is_partial[:, None], tl.div_rn(low, wide), low * reciprocal)
+    else:
+        high = high * reciprocal
+        low = low * reciprocal
     high = tl.minimum(tl.maximum(high, -1.0), 1.0)
     low = tl.minimum(tl.maximum(low, -1.0), 1.0)
     high_rank = tl.zeros([GROUPS, GROUP // 2], tl.int32)

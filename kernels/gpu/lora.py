@@ -194,6 +194,13 @@ def _expand_kernel(
         tl.store(to, result.to(y.dtype.element_ty), mask=there)
 
 
+def shrink_block(rank: int, capability: gpu.Capability) -> int:
+    """Columns of x at a time, so that nothing spills; without tensor cores registers are short."""
+    if (0, 0) < capability < (8, 0):
+        return 16
+    return 128 if rank <= 32 else 64
+
+
 def accepts(
     y: Tensor, x: Tensor, slices: Sequence[LoraSlice], lora_indices: Tensor, lora_scales: Tensor
 ) -> bool:
@@ -229,7 +236,7 @@ def run(
     }  # fmt: skip
     _shrink_kernel[(num_rows * num_splits, num_slices, token_tiles)](
         partial, x, tables.a, tables.ranks, lora_indices, num_rows, num_tokens, row_size,
-        x.stride(0), **options, SPLIT=SPLIT_SIZE, BLOCK=128 if rank <= 32 else 64,
+        x.stride(0), **options, SPLIT=SPLIT_SIZE, BLOCK=shrink_block(rank, gpu.capability(x.device)),
     )  # fmt: skip
     column_tiles = triton.cdiv(tables.max_width, COLUMNS)
     _expand_kernel[(num_rows * column_tiles, num_slices, token_tiles)](

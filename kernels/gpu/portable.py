@@ -51,7 +51,7 @@ def _portable_kernel(
         )  # fmt: skip
         total = tl.zeros([ROWS, WORDS], tl.float32)
         for j in tl.static_range(8):
-            shift: tl.constexpr = 8 * (j // 2) + 4 * (1 - j % 2)
+            shift = 8 * (j // 2) + 4 * (1 - j % 2)
             index = ((codes >> shift) & 15).reshape([ROWS * WORDS])
             weight = tl.gather(table, index, 0).reshape([ROWS, WORDS])
             xj = tl.load(x + j * row_words + word, mask=word < row_words, other=0.0)
