@@ -104,7 +104,11 @@ def _make_tables(slices: Sequence[LoraSlice], device: torch.device) -> _Tables |
     )
 
 
-@triton.jit
+_VARYING = ["num_tokens", "num_rows", "num_splits"]
+"""Sizes that no variant of the kernels is compiled for."""
+
+
+@triton.jit(do_not_specialize=_VARYING)
 def _shrink_kernel(
     partial, x, a_table, ranks, lora_indices, num_rows, num_tokens, row_size, x_stride,
     ALIGNED: tl.constexpr, DTYPE: tl.constexpr, UPCAST: tl.constexpr, SPLIT: tl.constexpr,
@@ -145,7 +149,7 @@ def _shrink_kernel(
         tl.store(partial + at[:, None] * RANK + r[None, :], acc, mask=is_mine[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_VARYING)
 def _expand_kernel(
     y, partial, b_table, ranks, bounds, lora_indices, lora_scales, num_rows, num_tokens,
     num_splits, y_stride,

@@ -28,7 +28,7 @@ ROWS = 4
 WORDS = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _portable_kernel(
     x, out, packed, absmax, nested, offset, bias, values, scale_map,
     num_rows, row_words, group_size, out_stride,
