@@ -24,7 +24,7 @@ def nf4_linear_trainable(
     Raises:
         ValueError: shapes or dtypes disagree.
     """
-    result: Tensor = _Nf4Linear.apply(x, weights, biases)
+    result: Tensor = _Nf4Linear.apply(x, weights, biases)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import check, dispatch
-from kernels.fused import silu_and_mul_reference
+from kernels.fused import silu_and_mul
 from kernels.linear import check_bias, linear_reference
 from kernels.nf4 import FLOAT_DTYPES, QuantizedWeight, expand_into
 
@@ -41,9 +41,7 @@ def nf4_linear(
     return dispatch("nf4_linear", nf4_linear_reference, x, weights, biases)
 
 
-def _check(
-    x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]
-) -> None:
+def _check(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> None:
     check(len(weights) > 0, "weights", "at least one", 0)
     check(len(biases) == len(weights), "len(biases)", len(weights), len(biases))
     check(x.dim() == 2, "x.dim()", 2, x.dim())
@@ -124,4 +122,4 @@ def _silu_separately(
     x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]
 ) -> Tensor:
     """nf4_linear_silu in plain PyTorch, but for the product, which is dispatched."""
-    return silu_and_mul_reference(nf4_linear(x, weights, biases))
+    return silu_and_mul(nf4_linear(x, weights, biases))

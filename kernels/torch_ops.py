@@ -92,13 +92,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: A
     # Frozen weights outlive the graph: kept as they are, not saved for backward.
     ctx.weights = packed, absmax, nested_absmax, nested_offset, widths, quant_type, group_size
     ctx.in_features = x.shape[1]
-    ctx.counts = [len(tensors) for tensors in inputs[1:6]]
+    ctx.counts = [len(tensors) for tensors in inputs[1:5]]
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """A gradient for each argument: x's, and none for the tensors of the five lists."""
+    """A gradient for each argument: x's, and none for the weights, list by list."""
     of_x = _nf4_linear_backward(grad.contiguous(), *ctx.weights, ctx.in_features)
-    return of_x, *([None] * count for count in ctx.counts), None, None, None
+    return of_x, *([None] * count for count in ctx.counts), None, None, None, None
 
 
 _nf4_linear.register_autograd(_gradient, setup_context=_keep)

@@ -17,9 +17,7 @@ MAX_SLICES = 3
 ALIGNMENT = 16
 
 
-def accepts(
-    x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]
-) -> bool:
+def accepts(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> bool:
     """Whether the decode kernel can take these arguments of nf4_linear."""
     if not gpu.runs_here(x, *(w.packed for w in weights), *biases) or len(weights) > MAX_SLICES:
         return False

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from kernels.gpu import pair_table
+from kernels.gpu.decode_epilogue import finish, finish_silu
 
 GROUP = tl.constexpr(64)
 GROUP_BYTES = tl.constexpr(32)
@@ -117,83 +118,6 @@ def _multiply(acc, first, last, scale, x, columns, tokens, num_tokens, stride, A
     return acc + part * scale[:, None]
 
 
-@triton.jit
-def _add_pieces(
-    workspace, first_program, last_program, num_programs, total_steps, steps, tile, row, tokens,
-    left, TOKENS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Sum of a tile's pieces in the order of the programs that left them: [TOKENS, rows]."""
-    at = workspace + row[None, :] + tokens[:, None] * ROWS
-    there = tokens[:, None] < left
-    total = tl.zeros([TOKENS, row.shape[0]], tl.float32)
-    for p in range(first_program, last_program + 1):
-        is_first = (p * total_steps) // num_programs // steps == tile
-        piece = p * 2 + 1 - is_first.to(tl.int32)
-        # Past L1, which may not know what other processors wrote.
-        total += tl.load(at + piece * (TOKENS * ROWS), mask=there, other=0.0, cache_modifier=".cg")
-    return total
-
-
-@triton.jit
-def _finish(
-    workspace, first_program, last_program, num_programs, total_steps, steps, tile,
-    out, out_stride, bias, residual, row0, num_rows, column0, token0, left,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Reduce a tile, add bias and residual, store."""
-    DTYPE: tl.constexpr = out.dtype.element_ty
-    lane = tl.arange(0, ROWS)
-    tokens = tl.arange(0, TOKENS)
-    result = _add_pieces(
-        workspace, first_program, last_program, num_programs, total_steps, steps, tile, lane,
-        tokens, left, TOKENS, ROWS,
-    )  # fmt: skip
-    row = row0 + lane
-    there = (row < num_rows)[None, :] & (tokens < left)[:, None]
-    if HAS_BIAS:
-        addend = tl.load(bias + row, mask=row < num_rows, other=0.0)
-        result += addend.to(tl.float32)[None, :]
-    to = (token0 + tokens)[:, None] * out_stride + column0 + row[None, :]
-    if HAS_RESIDUAL:  # the product is rounded first, as if the residual were added afterwards
-        result = result.to(DTYPE).to(tl.float32)
-        result += tl.load(residual + to, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + to, result.to(DTYPE), mask=there)
-
-
-@triton.jit
-def _finish_silu(
-    workspace, first_program, last_program, num_programs, total_steps, steps, tile,
-    out, out_stride, bias_gate, bias_up, num_rows, token0, left,
-    HAS_BIAS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Reduce a tile of gate and up rows, add their biases, store SiLU(gate) * up.
-
-    Rounded where separate kernels would round: gate, up and SiLU.
-    """
-    DTYPE: tl.constexpr = out.dtype.element_ty
-    HALF: tl.constexpr = ROWS // 2
-    lane = tl.arange(0, HALF)
-    tokens = tl.arange(0, TOKENS)
-    gate = _add_pieces(
-        workspace, first_program, last_program, num_programs, total_steps, steps, tile, lane,
-        tokens, left, TOKENS, ROWS,
-    )  # fmt: skip
-    up = _add_pieces(
-        workspace, first_program, last_program, num_programs, total_steps, steps, tile,
-        lane + HALF, tokens, left, TOKENS, ROWS,
-    )  # fmt: skip
-    row = tile * HALF + lane
-    there = (row < num_rows)[None, :] & (tokens < left)[:, None]
-    if HAS_BIAS:
-        gate += tl.load(bias_gate + row, mask=row < num_rows, other=0.0).to(tl.float32)[None, :]
-        up += tl.load(bias_up + row, mask=row < num_rows, other=0.0).to(tl.float32)[None, :]
-    gate = gate.to(DTYPE).to(tl.float32)
-    gate = (gate / (1.0 + tl.exp(-gate))).to(DTYPE).to(tl.float32)
-    result = gate * up.to(DTYPE).to(tl.float32)
-    to = (token0 + tokens)[:, None] * out_stride + row[None, :]
-    tl.store(out + to, result.to(DTYPE), mask=there)
-
-
 _VARYING = ["num_tokens", "total_steps", "rows0", "rows1", "rows2"]
 """Sizes that no variant of the kernel is compiled for."""
 
@@ -219,7 +143,7 @@ def decode_kernel(
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
     token0 = tl.program_id(1) * TOKENS
-    DTYPE: tl.constexpr = x.dtype.element_ty
+    IS_BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
     HALF: tl.constexpr = ROWS // 2
     if ASM:
         _fill(table, NUM_WARPS)
@@ -264,7 +188,7 @@ def decode_kernel(
             row_bytes += tl.where(is_up, tl.multiple_of(apart, 16), 0)
             word = row * (groups // 4)
         else:
-            if NUM_SLICES > 1:
+            if NUM_SLICES > 1:  # noqa: SIM102  known when compiling
                 if tile >= tiles0:
                     packed = packed1
                     absmax = absmax1
@@ -274,7 +198,7 @@ def decode_kernel(
                     num_rows = rows1
                     column0 = rows0
                     slice_tile = tile - tiles0
-            if NUM_SLICES > 2:
+            if NUM_SLICES > 2:  # noqa: SIM102
                 if tile >= tiles0 + tiles1:
                     packed = packed2
                     absmax = absmax2
@@ -344,7 +268,7 @@ def decode_kernel(
                 else:
                     scale = s3
                 at = i * (GROUP * STEP_GROUPS) + g * GROUP
-                first, last = _decode(table, row_bytes + at // 2, columns, ASM, DTYPE == tl.bfloat16)
+                first, last = _decode(table, row_bytes + at // 2, columns, ASM, IS_BF16)
                 xg = x + at
                 acc0 = _multiply(
                     acc0, first, last, scale, xg, x_columns, eight, left, row_size, ASM
@@ -376,12 +300,12 @@ def decode_kernel(
         arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu")
         if arrived == last_program - first_program:
             if SILU:
-                _finish_silu(
+                finish_silu(
                     workspace, first_program, last_program, num_programs, total_steps, steps, tile,
                     out, out_stride, bias0, bias1, rows0, token0, left, HAS_BIAS, TOKENS, ROWS,
                 )  # fmt: skip
             else:
-                _finish(
+                finish(
                     workspace, first_program, last_program, num_programs, total_steps, steps, tile,
                     out, out_stride, bias, residual, slice_tile * ROWS, num_rows, column0, token0,
                     left, HAS_BIAS, HAS_RESIDUAL, TOKENS, ROWS,

@@ -17,9 +17,7 @@ from kernels.gpu.codec import dequantize_into
 from kernels.nf4 import QuantizedWeight
 
 
-def accepts(
-    x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]
-) -> bool:
+def accepts(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> bool:
     """Whether these arguments of nf4_linear are on a device that Triton works on."""
     return gpu.runs_here(x, *(w.packed for w in weights), *biases)
 

@@ -72,7 +72,7 @@ def capability(device: torch.device) -> Capability:
 
 @cache
 def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors; under the interpreter three, so that work is dealt out unevenly."""
+    """Streaming multiprocessors; under the interpreter three, for an uneven share of work."""
     if device.type != "cuda":
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count

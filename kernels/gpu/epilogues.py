@@ -2,6 +2,10 @@
 
 What is saved is a launch and a round trip of the result through memory: it pays where tokens are
 few, which is where the decode kernel runs.
+
+The residual leaves the product's bits as they are. With SiLU the tiles hold other rows and their
+sums are cut at other columns, so that the last bits may differ from those of the product on its
+own: a batch must not choose between the two by what else is in it.
 """
 
 from __future__ import annotations

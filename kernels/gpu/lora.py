@@ -2,10 +2,10 @@
 
 The adapters of the pool are reached through tables of addresses, one per pool change. Shrink: a
 program takes one adapter, one slice, one share of the columns and up to 32 tokens; it leaves at
-once where none of the tokens is the adapter's, else reads its share of a and multiplies. Expand: the
-same for a stretch of the slice's columns, adding into y. So each adapter in use is read once per
-step of up to 32 tokens, others not at all, and the grid depends on the number of tokens and on the
-pool only, not on who is in the batch.
+once where none of the tokens is the adapter's, else reads its share of a and multiplies. Expand:
+the same for a stretch of the slice's columns, adding into y. So each adapter in use is read once
+per step of up to 32 tokens, others not at all, and the grid depends on the number of tokens and on
+the pool only, not on who is in the batch.
 
 Numerics are the reference's (kernels/lora.py): x is cast to the adapter's dtype, both products are
 rounded to it, the update is scaled and added in float32. Tokens that are not the adapter's are
@@ -238,9 +238,10 @@ def run(
         "ALIGNED": tables.is_aligned, "DTYPE": TRITON_DTYPES[tables.dtype],
         "UPCAST": gpu.interpreting(), "TOKENS": tokens, "RANK": rank,
     }  # fmt: skip
+    block = shrink_block(rank, gpu.capability(x.device))
     _shrink_kernel[(num_rows * num_splits, num_slices, token_tiles)](
         partial, x, tables.a, tables.ranks, lora_indices, num_rows, num_tokens, row_size,
-        x.stride(0), **options, SPLIT=SPLIT_SIZE, BLOCK=shrink_block(rank, gpu.capability(x.device)),
+        x.stride(0), **options, SPLIT=SPLIT_SIZE, BLOCK=block,
     )  # fmt: skip
     column_tiles = triton.cdiv(tables.max_width, COLUMNS)
     _expand_kernel[(num_rows * column_tiles, num_slices, token_tiles)](

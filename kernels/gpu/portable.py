@@ -72,9 +72,7 @@ def _portable_kernel(
     tl.store(out + token * out_stride + row, result.to(out.dtype.element_ty), mask=row < num_rows)
 
 
-def accepts(
-    x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]
-) -> bool:
+def accepts(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> bool:
     """Whether the portable kernel can take these arguments of nf4_linear."""
     return (
         gpu.runs_here(x, *(w.packed for w in weights), *biases)

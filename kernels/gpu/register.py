@@ -13,6 +13,7 @@ from kernels.dispatch import Implementation, register
 
 logger = logging.getLogger(__name__)
 
+
 def register_gpu() -> None:
     """Register the kernels that work here; where Triton is missing, say so once."""
     try:
@@ -41,7 +42,7 @@ def find_problem(test: Callable[[], str | None]) -> str | None:
     """What a self-test found, exceptions included: compiling and launching can fail in any way."""
     try:
         return test()
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         return f"{type(error).__name__}: {error}"
 
 

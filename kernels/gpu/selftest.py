@@ -25,7 +25,7 @@ from kernels.nf4_linear import nf4_linear_reference
 
 TOLERANCE = 2e-2
 """Of 16-bit results against float32, relative to the largest of them."""
-IN_FEATURES = 768
+IN_FEATURES = 512
 
 Run = Callable[..., Any]
 Accepts = Callable[..., bool]

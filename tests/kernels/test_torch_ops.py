@@ -73,5 +73,5 @@ def test_wrong_arguments_are_named():
         nf4_linear_silu(x, both, [None, None])
     with pytest.raises(ValueError, match=r"residual.shape: expected \(5, 32\), got \(5, 64\)"):
         nf4_linear_add(x, both, [None, None], x)
-    with pytest.raises(ValueError, match="residual.dtype"):
+    with pytest.raises(ValueError, match=r"residual.dtype"):
         nf4_linear_add(x, both, [None, None], randn(5, 32).half())

@@ -1,4 +1,4 @@
-"""The kernels are compiled for real GPUs, which needs none, and what came out is held to budgets."""
+"""The kernels are compiled for GPUs that are not here, and the code is held to budgets."""
 
 import json
 import os

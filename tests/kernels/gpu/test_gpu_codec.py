@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from kernels.codebooks import NF4_CODEBOOK
 from kernels.gpu import codec
 from kernels.nf4 import dequantize_4bit_reference, quantize_4bit, quantize_groups_reference
 
@@ -59,8 +60,6 @@ def test_quantising_other_groups(group_size, device):
 
 
 def test_quantising_values_on_every_midpoint_and_its_neighbours(device):
-    from kernels.codebooks import NF4_CODEBOOK
-
     values = NF4_CODEBOOK.sort().values
     midpoints = (values[:-1] + values[1:]) / 2
     infinity = torch.tensor(torch.inf)

@@ -3,11 +3,12 @@ import functools
 import pytest
 import torch
 
-from kernels.gpu import decode, dense, device as gpu, epilogues, portable
-from kernels.nf4 import decode_absmax, quantize_4bit
 from kernels.codebooks import codebook
-from kernels.nf4_autograd import nf4_linear_backward_reference
 from kernels.fused import silu_and_mul_reference
+from kernels.gpu import decode, dense, epilogues, portable
+from kernels.gpu import device as gpu
+from kernels.nf4 import decode_absmax, quantize_4bit
+from kernels.nf4_autograd import nf4_linear_backward_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One rounding to the type; of sums in bfloat16 under the interpreter, which truncates, two.
@@ -166,7 +167,8 @@ def test_many_tokens_meet_the_expanded_weights(dtype, shape, device):
 def test_the_gradient_of_x_is_the_product_with_the_expanded_weights(dtype, device):
     weights = [weight_of(33, 80, device=device), weight_of(5, 80, device=device)]
     grad = randn(6, 38, dtype=dtype).to(device)
-    expected = nf4_linear_backward_reference(grad.cpu().double().float(), [w.to("cpu") for w in weights])
+    on_cpu = [weight.to("cpu") for weight in weights]
+    expected = nf4_linear_backward_reference(grad.cpu().float(), on_cpu)
     assert_close(dense.run_backward(grad, weights), expected.double(), torch.bfloat16)
 
 

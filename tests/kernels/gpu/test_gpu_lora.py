@@ -36,8 +36,7 @@ def check(y, x, slices, indices, scales, tolerance):
         for s in slices
     ]
     wide = [
-        LoraSlice(s.start, s.stop, [r and tuple(t.float() for t in r) for r in s.rows])
-        for s in cpu
+        LoraSlice(s.start, s.stop, [r and tuple(t.float() for t in r) for r in s.rows]) for s in cpu
     ]
     add_lora_reference(expected, x.cpu().float(), wide, indices.cpu(), scales.cpu())
     arguments = y, x, slices, indices.to(y.device), scales.to(y.device)
@@ -119,7 +118,10 @@ def test_tables_are_made_once_and_go_with_their_slices(device):
 @pytest.mark.parametrize("what", ["dtypes", "rank", "strides", "nothing"])
 def test_what_the_kernels_are_not_made_for_is_declined(what, device):
     rows = {
-        "dtypes": [pair(4, 8, 1, torch.float16, 96, device), pair(4, 8, 1, torch.float32, 96, device)],
+        "dtypes": [
+            pair(4, 8, 1, torch.float16, 96, device),
+            pair(4, 8, 1, torch.float32, 96, device),
+        ],
         "rank": [pair(300, 8, 1, torch.float32, 96, device)],
         "strides": [(randn(96, 4).T.to(device), randn(8, 4).to(device))],
         "nothing": [None],
