@@ -12,14 +12,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kernels.dispatch import batch_invariant
 from kernels.gpu import device as gpu
 from kernels.gpu.codec import dequantize_into
 from kernels.nf4 import QuantizedWeight
 
+MANY_TOKENS = 64
+"""Up to here a token of a 16-bit product has the same bits in any batch, as of a 4-bit one."""
+
 
 def accepts(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> bool:
-    """Whether these arguments of nf4_linear are on a device that Triton works on."""
-    return gpu.runs_here(x, *(w.packed for w in weights), *biases)
+    """Whether these arguments of nf4_linear are on a device that Triton works on.
+
+    Declined where the batch must not show: the library chooses its sums by the number of tokens.
+    """
+    return not batch_invariant() and gpu.runs_here(x, *(w.packed for w in weights), *biases)
 
 
 def run(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> Tensor:
@@ -30,6 +37,16 @@ def run(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor |
         if bias is not None:
             part += bias
     return y
+
+
+def accepts_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:  # noqa: ARG001
+    """Whether the dense product of so many tokens may be one call of the library's."""
+    return not batch_invariant() and len(x) > MANY_TOKENS and gpu.runs_here(x, weight)
+
+
+def run_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The operation linear, for arguments that were accepted."""
+    return functional.linear(x, weight, bias)
 
 
 def accepts_backward(grad: Tensor, weights: Sequence[QuantizedWeight]) -> bool:

@@ -97,8 +97,11 @@ _zeros: dict[tuple[torch.device, int], Tensor] = {}
 def scratch(device: torch.device, dtype: torch.dtype, numel: int) -> Tensor:
     """A buffer of so many elements, the same one in every call that it suffices for.
 
-    Used within one operation on the current stream; whoever calls next overwrites it.
+    Used within one operation on the current stream; whoever calls next overwrites it. A graph that
+    is being captured gets one of its own, because a buffer that grows leaves its old place.
     """
+    if _is_capturing(device):
+        return torch.empty(numel, dtype=dtype, device=device)
     buffer = _scratch.get((device, dtype))
     if buffer is None or buffer.numel() < numel:
         buffer = _scratch[device, dtype] = torch.empty(numel, dtype=dtype, device=device)
@@ -106,10 +109,19 @@ def scratch(device: torch.device, dtype: torch.dtype, numel: int) -> Tensor:
 
 
 def counters(device: torch.device, count: int) -> Tensor:
-    """int32 zeros [count or more], one buffer per stream; kernels leave them zero."""
+    """int32 zeros [count or more], one buffer per stream, and per captured launch of a graph.
+
+    Kernels leave them zero.
+    """
+    if _is_capturing(device):
+        return torch.zeros(count, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     buffer = _zeros.get((device, stream))
     if buffer is None or buffer.numel() < count:
         size = max(count, 1 << 14)
         buffer = _zeros[device, stream] = torch.zeros(size, dtype=torch.int32, device=device)
     return buffer
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

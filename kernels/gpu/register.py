@@ -57,6 +57,7 @@ def _candidates() -> list[tuple[str, Implementation, Callable[..., str | None]]]
         entry("nf4_linear", "decode", decode.run, decode.accepts, selftest.linear),
         entry("nf4_linear", "portable", portable.run, portable.accepts, selftest.linear_few),
         entry("nf4_linear", "dense", dense.run, dense.accepts, selftest.linear_many),
+        entry("linear", "library", dense.run_linear, dense.accepts_linear, selftest.plain),
         entry("nf4_linear_add", "decode", epilogues.run_add, epilogues.accepts_add, selftest.add),
         entry(
             "nf4_linear_silu", "decode", epilogues.run_silu, epilogues.accepts_silu, selftest.silu

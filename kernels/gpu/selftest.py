@@ -79,6 +79,15 @@ def linear_many(run: Run, accepts: Accepts, device: torch.device) -> str | None:
     return _linear(run, accepts, device, 70, (33, 8))
 
 
+def plain(run: Run, accepts: Accepts, device: torch.device) -> str | None:
+    """The 16-bit product."""
+    x, weight = _random(70, 96, seed=1).bfloat16(), _random(24, 96, seed=2).bfloat16()
+    arguments = x.to(device), weight.to(device), None
+    if not accepts(*arguments):
+        return "not made for this device"
+    return _compare(run(*arguments), x.float() @ weight.float().T)
+
+
 def add(run: Run, accepts: Accepts, device: torch.device) -> str | None:
     """The product and the residual."""
     weights, x = _weights(72), _random(3, IN_FEATURES, seed=1).bfloat16()

@@ -7,7 +7,7 @@ import torch
 
 from kernels import dispatch
 from kernels.dispatch import Implementation
-from kernels.gpu import decode, register, selftest
+from kernels.gpu import decode, dense, portable, register, selftest
 from kernels.nf4 import quantize_4bit
 from kernels.nf4_linear import nf4_linear
 
@@ -30,6 +30,7 @@ def test_every_kernel_agrees_with_its_reference_and_is_registered(device, caplog
     assert caplog.records == []
     assert registered() == {
         "nf4_linear": ["decode", "portable", "dense"],
+        "linear": ["library"],
         "nf4_linear_add": ["decode"],
         "nf4_linear_silu": ["decode"],
         "nf4_linear_backward": ["dense"],
@@ -40,17 +41,21 @@ def test_every_kernel_agrees_with_its_reference_and_is_registered(device, caplog
 
 
 def test_a_kernel_that_is_wrong_or_fails_is_left_out_with_a_warning(device, caplog, monkeypatch):
-    right = decode.run
-
     def fails(*_):
         raise RuntimeError("out of resources")
 
-    monkeypatch.setattr(selftest, "add", lambda *_: fails())
-    monkeypatch.setattr(decode, "run", lambda *arguments: right(*arguments) * 1.1)
+    wrong = Implementation("decode", lambda *a: decode.run(*a) * 1.1, decode.accepts)
+    failing = Implementation("fails", fails, lambda *_: True)
+    fine = Implementation("portable", portable.run, portable.accepts)
+    candidates = [
+        ("nf4_linear", wrong, selftest.linear_few),
+        ("nf4_linear_add", failing, selftest.add),
+        ("nf4_linear", fine, selftest.linear_few),
+    ]
+    monkeypatch.setattr(register, "_candidates", lambda: candidates)
     with caplog.at_level(logging.WARNING):
         register.register_what_agrees(device)
-    assert registered()["nf4_linear"] == ["portable", "dense"]
-    assert "nf4_linear_add" not in registered()
+    assert registered() == {"nf4_linear": ["portable"]}
     assert "'decode' is off, a slower one runs instead: results are" in caplog.text
     assert "RuntimeError: out of resources" in caplog.text
 
@@ -73,3 +78,17 @@ def test_kernels_import_without_triton():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "Triton is not installed" in done.stderr
+
+
+def test_where_the_batch_must_not_show_the_library_s_products_are_left_out(device, monkeypatch):
+    weight = quantize_4bit(torch.randn(8, 256)).to(device)
+    x, none = torch.randn(70, 256).half().to(device), [None]
+    assert not decode.accepts(x, [weight], none)
+    assert dense.accepts(x, [weight], none)
+    assert dense.accepts_linear(x, x, None)
+    for module in (decode, portable, dense):
+        monkeypatch.setattr(module, "batch_invariant", lambda: True)
+    assert decode.accepts(x, [weight], none)
+    assert portable.accepts(x, [weight], none)
+    assert not dense.accepts(x, [weight], none)
+    assert not dense.accepts_linear(x, x, None)
