@@ -95,7 +95,7 @@ def _quantize_kernel(
     divisor = tl.maximum(largest, smallest).to(tl.float32)
     # Full groups are multiplied by the reciprocal, a partial one is divided: kernels/nf4.py.
     reciprocal = tl.div_rn(tl.full([GROUPS], 1.0, tl.float32), divisor)[:, None]
-    if (tl.program_id(0) + 1) * GROUPS * GROUP > numel:
+    if (tl.program_id(0).to(tl.int64) + 1) * GROUPS * GROUP > numel:
         is_partial = (group + 1) * GROUP > numel
         largest = tl.where(is_partial, divisor, largest)
         wide = divisor[:, None] + tl.zeros_like(high)

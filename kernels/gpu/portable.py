@@ -88,7 +88,7 @@ def run(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor |
     out = x.new_empty(num_tokens, sum(weight.shape[0] for weight in weights))
     if num_tokens == 0:
         return out
-    permuted = x.view(num_tokens, row_size // 8, 8).transpose(1, 2).float().contiguous()
+    permuted = x.reshape(num_tokens, row_size // 8, 8).transpose(1, 2).float().contiguous()
     start = 0
     for weight, bias in zip(weights, biases, strict=True):
         num_rows = weight.shape[0]

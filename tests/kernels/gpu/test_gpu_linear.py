@@ -1,4 +1,5 @@
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_one_row_and_ragged_tiles(rows, device):
 
 @pytest.mark.parametrize("programs_per_sm", [1, 2, 5, 100])
 def test_work_dealt_out_in_any_way_gives_the_sum(programs_per_sm, device):
-    plan = gpu.DecodePlan(rows=32, programs_per_sm=programs_per_sm)
+    plan = replace(gpu.decode_plan(device), programs_per_sm=programs_per_sm)
     weight, x = weight_of(100, 1280, device=device), randn(3, 1280, seed=1).half().to(device)
     actual = decode.launch(x, [weight], [None], plan=plan)
     assert_close(actual, product(x, [weight], [None], torch.float16), torch.float16)
@@ -170,6 +171,14 @@ def test_the_gradient_of_x_is_the_product_with_the_expanded_weights(dtype, devic
     on_cpu = [weight.to("cpu") for weight in weights]
     expected = nf4_linear_backward_reference(grad.cpu().float(), on_cpu)
     assert_close(dense.run_backward(grad, weights), expected.double(), torch.bfloat16)
+
+
+def test_tokens_that_are_not_contiguous(device):
+    weight = weight_of(45, 512, device=device)
+    x = randn(512, 3, seed=1).half().to(device).T
+    for kernel in (decode, portable, dense):
+        actual = kernel.run(x, [weight], [None])
+        assert_close(actual, product(x, [weight], [None], torch.float16), torch.bfloat16)
 
 
 def test_the_scratch_buffer_is_used_again(device):
