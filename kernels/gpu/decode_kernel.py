@@ -235,10 +235,10 @@ def decode_kernel(
             next2 = tl.load(scale_at + begin * 4 + 2)
             next3 = tl.load(scale_at + begin * 4 + 3)
 
-        acc0 = tl.zeros([ROWS, 8], tl.float32)
-        acc1 = tl.zeros([ROWS, 8], tl.float32)
-        acc2 = tl.zeros([ROWS, 8], tl.float32)
-        acc3 = tl.zeros([ROWS, 8], tl.float32)
+        # [ROWS, 8] for each eight tokens. Triton knows no starred tuples.
+        accs = ()
+        for _ in tl.static_range(TOKENS // 8):
+            accs = accs + (tl.zeros([ROWS, 8], tl.float32),)  # type: ignore[assignment] # noqa: RUF005
         for i in range(begin, end):
             ahead = tl.minimum(i + 1, end - 1)
             if DOUBLE_QUANT:
@@ -270,29 +270,19 @@ def decode_kernel(
                 at = i * (GROUP * STEP_GROUPS) + g * GROUP
                 first, last = _decode(table, row_bytes + at // 2, columns, ASM, IS_BF16)
                 xg = x + at
-                acc0 = _multiply(
-                    acc0, first, last, scale, xg, x_columns, eight, left, row_size, ASM
-                )
-                if TOKENS > 8:
-                    acc1 = _multiply(
-                        acc1, first, last, scale, xg, x_columns, eight + 8, left, row_size, ASM
-                    )
-                if TOKENS > 16:
-                    acc2 = _multiply(
-                        acc2, first, last, scale, xg, x_columns, eight + 16, left, row_size, ASM
-                    )
-                    acc3 = _multiply(
-                        acc3, first, last, scale, xg, x_columns, eight + 24, left, row_size, ASM
-                    )
+                sums = ()
+                for t in tl.static_range(TOKENS // 8):
+                    acc = _multiply(
+                        accs[t], first, last, scale, xg, x_columns, eight + 8 * t, left, row_size,
+                        ASM,
+                    )  # fmt: skip
+                    sums = sums + (acc,)  # type: ignore[assignment] # noqa: RUF005
+                accs = sums
 
         piece = program * 2 + (tile != first_tile).to(tl.int32)
         to = workspace + piece * (TOKENS * ROWS) + lane[:, None] + eight[None, :] * ROWS
-        tl.store(to, acc0, mask=eight[None, :] < left)
-        if TOKENS > 8:
-            tl.store(to + 8 * ROWS, acc1, mask=eight[None, :] + 8 < left)
-        if TOKENS > 16:
-            tl.store(to + 16 * ROWS, acc2, mask=eight[None, :] + 16 < left)
-            tl.store(to + 24 * ROWS, acc3, mask=eight[None, :] + 24 < left)
+        for t in tl.static_range(TOKENS // 8):
+            tl.store(to + 8 * t * ROWS, accs[t], mask=eight[None, :] + 8 * t < left)
         tl.debug_barrier()  # all threads' pieces are written before one thread says so
 
         first_program = ((tile * steps + 1) * num_programs - 1) // total_steps
