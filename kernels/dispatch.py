@@ -11,6 +11,7 @@ slower (on a GPU, above 64 tokens); by default they are up to there.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -57,19 +58,30 @@ def dispatch(operation: str, reference: Callable[..., Result], *args: Any) -> Re
 
 
 def _register_all() -> None:
-    """Let those that bring faster implementations register them, at the first call of any."""
-    while _registrars:
-        _registrars.pop()()  # taken out first: their self-tests call operations too
+    """Let those that bring faster implementations register them, at the first call of any.
+
+    Their self-tests come back here, from the same thread; other threads wait for the end.
+    """
+    if _registration.is_done:
+        return
+    with _registration.lock:
+        if _registration.has_begun:
+            return
+        _registration.has_begun = True
+        if not reference_only() and torch.cuda.is_available():
+            from kernels.gpu.register import register_gpu  # needs this module
+
+            register_gpu()
+        _registration.is_done = True
 
 
-def _register_gpu() -> None:
-    if torch.cuda.is_available() and not reference_only():
-        from kernels.gpu.register import register_gpu  # needs this module
+class _Registration:
+    lock = threading.RLock()
+    has_begun = False
+    is_done = False
 
-        register_gpu()
 
-
-_registrars = [_register_gpu]
+_registration = _Registration()
 
 
 def reference_only() -> bool:
