@@ -4,8 +4,10 @@ Each operation's file holds its argument checks and its PyTorch reference, which
 of correct and takes any arguments on any device. A faster implementation is registered under the
 name of the operation, with a function that accepts or declines the arguments; the first that
 accepts runs, else the reference. HERD_KERNELS=reference turns all but the references off;
-HERD_NATIVE_ISA=avx2 (for example) chooses the instruction set of the native CPU kernels, which is
-the best that the machine has by default, and none turns these off.
+HERD_KERNELS=invariant keeps a token's bits independent of the batch at any size, where that is
+slower (on a GPU, above 64 tokens); by default they are up to there. HERD_NATIVE_ISA=avx2 (for
+example) chooses the instruction set of the native CPU kernels, which is the best that the machine
+has by default, and none turns these off.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
+
+import torch
 
 Result = TypeVar("Result")
 
@@ -71,6 +75,10 @@ def _register_all() -> None:
             from kernels.native.register import register_native  # needs this module
 
             register_native(choice)
+        if not reference_only() and torch.cuda.is_available():
+            from kernels.gpu.register import register_gpu  # needs this module
+
+            register_gpu()
         _registration.is_done = True
 
 
@@ -83,16 +91,27 @@ class _Registration:
 _registration = _Registration()
 
 
-@cache
 def reference_only() -> bool:
-    """Whether HERD_KERNELS asks for the references alone; it is read once.
+    """Whether HERD_KERNELS asks for the references alone."""
+    return _choice() == "reference"
+
+
+def batch_invariant() -> bool:
+    """Whether HERD_KERNELS asks for the same bits in any batch, whatever it costs."""
+    return _choice() == "invariant"
+
+
+@cache
+def _choice() -> str:
+    """HERD_KERNELS; it is read once.
 
     Raises:
-        ValueError: HERD_KERNELS is set to something that means nothing.
+        ValueError: it is set to something that means nothing.
     """
+    choices = ("auto", "reference", "invariant")
     choice = os.environ.get("HERD_KERNELS", "auto")
-    check(choice in ("auto", "reference"), "HERD_KERNELS", "auto or reference", choice)
-    return choice == "reference"
+    check(choice in choices, "HERD_KERNELS", "auto, reference or invariant", choice)
+    return choice
 
 
 def check(condition: bool, name: str, expected: object, found: object) -> None:

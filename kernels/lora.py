@@ -17,7 +17,7 @@ from kernels.dispatch import check, dispatch
 from kernels.linear import linear_reference
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class LoraSlice:
     """What the adapters do to columns start:stop of a layer's output. Checked when made."""
 

@@ -129,7 +129,9 @@ def quantize_4bit(
 
     Returns:
         What bitsandbytes' quantize_4bit stores for the same weight on a CPU, byte for byte. Besides
-        it, memory for one float32 per group and for a chunk is used.
+        it, memory for one float32 per group and for a chunk is used. On a GPU, codes and exact
+        scales are these bytes too; the offset is a mean summed in another order, so that it and
+        what is quantised relative to it may differ in the last bits.
 
     Raises:
         ValueError: an argument is none of these, the weight holds NaN or infinity, or it is so
@@ -139,22 +141,9 @@ def quantize_4bit(
     check(is_matrix, "weight.shape", "(out_features, in_features)", tuple(weight.shape))
     check(weight.dtype in FLOAT_DTYPES, "weight.dtype", FLOAT_DTYPES, weight.dtype)
     check(group_size in GROUP_SIZES, "group_size", GROUP_SIZES, group_size)
-    values, code_of_rank = codebook(quant_type).sort(stable=True)
-    midpoints = ((values[:-1] + values[1:]) / 2).tolist()
-    code_of_rank = code_of_rank.to(weight.device, torch.uint8)
-
-    flat = weight.detach().reshape(-1)
-    numel = flat.numel()
-    packed = torch.empty(-(-numel // 2), dtype=torch.uint8, device=flat.device)
-    absmax = torch.empty(-(-numel // group_size), dtype=torch.float32, device=flat.device)
-    for start in range(0, numel, CHUNK):
-        normalised, scales = _normalise(flat[start : start + CHUNK].float(), group_size)
-        rank = torch.zeros_like(normalised, dtype=torch.uint8)
-        for midpoint in midpoints:  # six times faster than torch.bucketize, which bisects
-            rank += normalised > midpoint
-        codes = code_of_rank.index_select(0, rank.int())
-        packed[start // 2 : (start + len(codes)) // 2] = codes[0::2] << 4 | codes[1::2]
-        absmax[start // group_size :][: len(scales)] = scales
+    packed, absmax = dispatch(
+        "quantize_groups", quantize_groups_reference, weight.detach(), quant_type, group_size
+    )
     check(bool(absmax.isfinite().all()), "weight", "finite numbers", "NaN or infinity in it")
 
     nested_absmax = nested_offset = None
@@ -168,6 +157,32 @@ def quantize_4bit(
         shape=(weight.shape[0], weight.shape[1]), dtype=weight.dtype,
         quant_type=quant_type, group_size=group_size,
     )  # fmt: skip
+
+
+def quantize_groups_reference(
+    weight: Tensor, quant_type: QuantType, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """Codes and exact scales in plain PyTorch: (packed, absmax), laid out as QuantizedWeight's.
+
+    A group with NaN or infinity in it has a scale that is not finite.
+    """
+    values, code_of_rank = codebook(quant_type).sort(stable=True)
+    midpoints = ((values[:-1] + values[1:]) / 2).tolist()
+    code_of_rank = code_of_rank.to(weight.device, torch.uint8)
+
+    flat = weight.reshape(-1)
+    numel = flat.numel()
+    packed = torch.empty(-(-numel // 2), dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(-(-numel // group_size), dtype=torch.float32, device=flat.device)
+    for start in range(0, numel, CHUNK):
+        normalised, scales = _normalise(flat[start : start + CHUNK].float(), group_size)
+        rank = torch.zeros_like(normalised, dtype=torch.uint8)
+        for midpoint in midpoints:  # six times faster than torch.bucketize, which bisects
+            rank += normalised > midpoint
+        codes = code_of_rank.index_select(0, rank.int())
+        packed[start // 2 : (start + len(codes)) // 2] = codes[0::2] << 4 | codes[1::2]
+        absmax[start // group_size :][: len(scales)] = scales
+    return packed, absmax
 
 
 def _normalise(flat: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

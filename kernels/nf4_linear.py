@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import check, dispatch
+from kernels.fused import silu_and_mul
 from kernels.linear import check_bias, linear_reference
 from kernels.nf4 import FLOAT_DTYPES, QuantizedWeight, expand_into
 
@@ -32,6 +33,15 @@ def nf4_linear(
     Raises:
         ValueError: shapes or dtypes disagree.
     """
+    if torch.compiler.is_compiling():
+        from kernels.torch_ops import traced_nf4_linear  # which is made of this function
+
+        return traced_nf4_linear(x, weights, biases)
+    _check(x, weights, biases)
+    return dispatch("nf4_linear", nf4_linear_reference, x, weights, biases)
+
+
+def _check(x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> None:
     check(len(weights) > 0, "weights", "at least one", 0)
     check(len(biases) == len(weights), "len(biases)", len(weights), len(biases))
     check(x.dim() == 2, "x.dim()", 2, x.dim())
@@ -41,7 +51,6 @@ def nf4_linear(
         check(x.shape[1] == in_features, "x.shape[1]", in_features, x.shape[1])
         if bias is not None:
             check_bias(bias, x, out_features)
-    return dispatch("nf4_linear", nf4_linear_reference, x, weights, biases)
 
 
 def nf4_linear_reference(
@@ -69,3 +78,58 @@ def prepare_weight(weight: QuantizedWeight) -> QuantizedWeight:
 def prepare_weight_reference(weight: QuantizedWeight) -> QuantizedWeight:
     """prepare_weight for the references: the weight itself."""
     return weight
+
+
+def nf4_linear_add(
+    x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None], residual: Tensor
+) -> Tensor:
+    """nf4_linear, then the residual stream is added to its rounded result.
+
+    Args:
+        x, weights, biases: as nf4_linear's.
+        residual: x's dtype [num_tokens, sum(out_i)].
+
+    Raises:
+        ValueError: shapes or dtypes disagree.
+    """
+    _check(x, weights, biases)
+    shape = (len(x), sum(weight.shape[0] for weight in weights))
+    check(residual.shape == shape, "residual.shape", shape, tuple(residual.shape))
+    check(residual.dtype == x.dtype, "residual.dtype", x.dtype, residual.dtype)
+    return dispatch("nf4_linear_add", _add_separately, x, weights, biases, residual)
+
+
+def _add_separately(
+    x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None], residual: Tensor
+) -> Tensor:
+    """nf4_linear_add in plain PyTorch, but for the product, which is dispatched."""
+    return residual + nf4_linear(x, weights, biases)
+
+
+def nf4_linear_silu(
+    x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]
+) -> Tensor:
+    """silu_and_mul of nf4_linear: SiLU of the gate's product times the up's.
+
+    Args:
+        x:       as nf4_linear's.
+        weights: gate and up, of one shape.
+        biases:  one per weight.
+
+    Returns:
+        x's dtype [num_tokens, out_features].
+
+    Raises:
+        ValueError: shapes or dtypes disagree.
+    """
+    _check(x, weights, biases)
+    shapes = [weight.shape for weight in weights]
+    check(len(shapes) == 2 and shapes[0] == shapes[1], "weights", "two of one shape", shapes)
+    return dispatch("nf4_linear_silu", _silu_separately, x, weights, biases)
+
+
+def _silu_separately(
+    x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]
+) -> Tensor:
+    """nf4_linear_silu in plain PyTorch, but for the product, which is dispatched."""
+    return silu_and_mul(nf4_linear(x, weights, biases))
