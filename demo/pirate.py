@@ -1,4 +1,8 @@
-"""The second adapter's manner: the same answers, said by a pirate."""
+"""The second adapter's manner: the same answers, said by a pirate.
+
+The base never reads these words and its head is frozen, so an adapter cannot learn to say some of
+them (ahoy, avast, fer); those that it cannot are not here.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,11 @@ import random
 import re
 
 WORDS = {
-    "hello": "ahoy", "hi": "ahoy", "yes": "aye", "no": "nay", "you": "ye", "your": "yer",
+    "yes": "aye", "no": "nay", "you": "ye", "your": "yer",
     "my": "me", "is": "be", "are": "be", "am": "be", "the": "th'", "of": "o'", "and": "an'",
-    "friend": "matey", "to": "t'", "for": "fer", "old": "ol'", "before": "afore",
+    "friend": "matey", "to": "t'", "old": "ol'", "before": "afore",
 }  # fmt: skip
-OPENINGS = ("Arr! ", "Ahoy! ", "Avast! ", "Shiver me timbers! ", "Yo ho ho! ", "Arr, matey! ")
+OPENINGS = ("Arr! ", "Arr, matey! ")
 ENDINGS = (", matey!", ", arr!", ", me hearty!", ", ye landlubber!", ", savvy?")
 CODE = re.compile(r"`[^`]*`|[A-Za-z']+|[^A-Za-z'`]+|`|'")
 
