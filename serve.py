@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.api import EngineInfo, LoadProgress
+from engine.api import EngineInfo
 from engine.config import CacheConfig, EngineConfig, LoraConfig, ModelConfig, SchedulerConfig
 from engine.errors import EngineError
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from server.state import ServerState
 
 DEMO_ADAPTERS = ("guanaco", "pirate")
-PROGRESS_INTERVAL_S = 0.05
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,6 +102,8 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
         EngineError: the model or an adapter cannot be served.
     """
     import uvicorn
+
+    from server.console import announce
 
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
@@ -178,6 +179,7 @@ def compose(
     Raises:
         EngineError: the base, its tokenizer or an adapter cannot be found.
     """
+    from adapters.confine import startup_roots
     from adapters.format import read_ref
     from adapters.resolve import DEMO_BASE, parse_adapter, resolve_adapter, resolve_base
     from engine.model_config import ModelSpec
@@ -204,7 +206,10 @@ def compose(
         spec,
         engine,
         metrics,
-        roots=[Path(config.adapter_dir).resolve()] if config.adapter_dir else [],
+        roots=[
+            *([Path(config.adapter_dir)] if config.adapter_dir else []),
+            *(root for path in adapters.values() for root in startup_roots(path)),
+        ],
         reserved_names=names,
     )
     engine.on_restart = loader.reload_all
@@ -237,6 +242,8 @@ def make_app(state: ServerState, config: ServerConfig, url: str) -> Any:
 
 async def load(engine: EngineClient, state: ServerState, adapters: dict[str, Path]) -> EngineInfo:
     """Start the engine and load the adapters, with progress bars."""
+    from server.console import show_progress
+
     bars = asyncio.create_task(show_progress(engine))
     try:
         info = await engine.start()
@@ -246,49 +253,6 @@ async def load(engine: EngineClient, state: ServerState, adapters: dict[str, Pat
     for name, path in adapters.items():
         await state.adapters.load_at_start(name, path)
     return info
-
-
-async def show_progress(engine: EngineClient) -> None:
-    """One bar per stage of the worker's start."""
-    from tqdm import tqdm
-
-    shown: LoadProgress | None = None
-    bar: Any = None
-    try:
-        while True:
-            progress = engine.progress
-            if progress is not None and progress is not shown:
-                if shown is None or shown.stage != progress.stage:
-                    if bar is not None:
-                        bar.close()
-                    bar = tqdm(total=progress.total, desc=progress.stage, unit_scale=True)
-                bar.total = progress.total
-                bar.update(progress.done - bar.n)
-                shown = progress
-            await asyncio.sleep(PROGRESS_INTERVAL_S)
-    finally:
-        if bar is not None:
-            bar.update(bar.total - bar.n)
-            bar.close()
-
-
-def announce(info: EngineInfo, state: ServerState, url: str, seconds: float) -> None:
-    """Tell the operator what runs and where."""
-    names = state.registry.names()
-    model = names[0] if names else state.model_names[0]
-    for note in info.notes:
-        print(note)
-    print(
-        f"\nHerd is ready after {seconds:.1f} s: {state.model_names[0]} ({info.architecture}, "
-        f"{info.quantization}, {info.weights_bytes / 1e6:,.0f} MB, {info.device}), "
-        f"adapters: {', '.join(names) or 'none'}\n"
-        f"  page  {url + '/' if state.config.ui else 'off (--no-ui)'}\n"
-        f"  API   {url}/v1\n"
-        f"  try   curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        f'          -d \'{{"model": "{model}", "messages": '
-        f'[{{"role": "user", "content": "What is NF4?"}}]}}\'\n',
-        flush=True,
-    )
 
 
 def handle_signals(server: uvicorn.Server, engine: EngineClient, state: ServerState) -> None:

@@ -1,6 +1,7 @@
-"""Where run-time loads may read: the folders that the operator named, and nothing that a path or a link leads out of.
+"""Where run-time loads may read: the folders that the operator named, and nothing outside.
 
-A path outside is refused in the same words whether it exists or not, so that the answer tells nothing about it.
+A path that leads out, by .. or through a symbolic link, is refused in the same words whether it
+exists or not, so that the answer tells nothing about what is there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from adapters.format import FILES, PICKLE_SUFFIXES, WEIGHTS_FILE
+from adapters.folder import FILES, PICKLE_SUFFIXES, WEIGHTS_FILE
 from engine.errors import AdapterError
 
 
@@ -19,22 +20,19 @@ def confine(path: str | Path, roots: Sequence[Path]) -> Path:
     """The real folder that a path means, which lies in one of the roots.
 
     Args:
-        path:  absolute, or relative to a root; the first root that has it wins.
-        roots: folders from which may be loaded.
+        path: absolute, or relative to a root or to the working folder; the first match wins.
+        roots: folders from which adapters may be loaded, and single files.
 
     Raises:
-        AdapterError: the path leads out of every root, by .. or by a symbolic link, or nothing is there.
+        AdapterError: the path leads out of every root, or nothing is there.
     """
     if not roots:
         raise AdapterError(
-            "Adapters cannot be loaded while the server runs: it was started without --adapter-dir. Start it with the "
-            "folder that holds them."
+            "Adapters cannot be loaded while the server runs: it was started without "
+            "--adapter-dir. Start it with the folder that holds them."
         )
-    inside = [
-        real
-        for root in roots
-        if (real := _real_path(root / path)) is not None and is_inside(real, roots)
-    ]
+    candidates = (_real_path(folder / path) for folder in (*roots, Path()))
+    inside = [real for real in candidates if real is not None and is_inside(real, roots)]
     for real in inside:
         if os.path.isdir(real):
             return real
@@ -53,24 +51,27 @@ def is_inside(real_path: Path, roots: Iterable[Path]) -> bool:
 
 
 def startup_roots(folder: Path) -> tuple[Path, ...]:
-    """The folders that naming an adapter on the command line opens: its own, and where its links lead.
+    """What naming an adapter on the command line opens: its folder, and the files it links to.
 
     Folders in the model hub's cache consist of links into a folder of blobs beside them.
     """
     files = (_real_path(folder / name) for name in FILES)
-    return tuple({folder, *(file.parent for file in files if file is not None and file.is_file())})
+    return (
+        folder,
+        *(file for file in files if file is not None and not is_inside(file, (folder,))),
+    )
 
 
 def copy_adapter(folder: Path, destination: Path, roots: Sequence[Path] | None) -> None:
-    """Copy the files of an adapter into an empty folder. Of pickle files only the names are taken, for the refusal.
+    """Copy the files of an adapter; of pickle files only the names, so that errors can tell them.
 
     Args:
-        folder:      the adapter.
-        destination: where to; must exist.
-        roots:       every file must really lie in one of them; None: anywhere.
+        folder: the adapter.
+        destination: an empty folder.
+        roots: every file must really lie in one of them; None: anywhere.
 
     Raises:
-        AdapterError: a file is a link out of the roots, is not a plain file, or cannot be read or written.
+        AdapterError: a file is a link out of the roots, is not a plain file, or cannot be copied.
     """
     try:
         for name in FILES:
@@ -108,4 +109,4 @@ def _real_path(path: Path) -> Path | None:
 
 
 def _listed(roots: Sequence[Path]) -> str:
-    return ", ".join(map(str, roots))
+    return ", ".join(str(root) for root in roots if root.is_dir())

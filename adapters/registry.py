@@ -1,31 +1,27 @@
 """Names, uids and generations: what `model` in a request means, now and while the request runs.
 
-A name belongs to one uid from its first load until it is removed. Each load is a generation, numbered upwards; the
-files are copied when it is prepared, so a generation never changes, whatever happens to the folder it came from.
-Requests hold the generation that they began with; one that is neither current, nor among the last few, nor in use is
-freed. A rollback makes an older generation current again under its own number: the prefix cache is keyed by (uid,
-generation) and equal numbers must mean equal weights.
+A name belongs to one uid from its first load until it is removed. Each load is a generation,
+numbered upwards. Requests hold the generation that they began with; one that is neither current,
+nor among the last few, nor in use is freed. A rollback makes an older generation current again
+under its own number: the prefix cache is keyed by (uid, generation), and equal numbers must mean
+equal weights.
 
-Publishing has two phases, because the engine must have loaded the weights before a request may name them:
-prepare (files: call it in a thread), then commit or discard.
+Publishing has two phases, because the engine must have loaded the weights before a request may
+name them: prepare (files: call it in a thread), then commit or discard.
 """
 
 from __future__ import annotations
 
 import itertools
-import shutil
-import tempfile
 import threading
-import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapters.confine import copy_adapter
-from adapters.format import AdapterInfo, inspect_adapter
+from adapters.format import AdapterInfo
+from adapters.generations import Generation, GenerationFolder
 from adapters.resolve import check_name
 from engine.api import AdapterRef
 from engine.errors import AdapterError, AdapterNotFound
@@ -34,18 +30,6 @@ if TYPE_CHECKING:
     from engine.model_config import ModelSpec
 
 NUM_KEPT_GENERATIONS = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
-    """One published or prepared state of an adapter."""
-
-    ref: AdapterRef
-    info: AdapterInfo
-    source: str
-    """The folder it was copied from."""
-    created_at: float
-    """Unix time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,24 +74,21 @@ class Registry:
     ) -> None:
         """
         Args:
-            spec:     the base that adapters must fit.
-            on_freed: called with each generation that will never be asked for again; the engine may forget it.
+            spec: the base that adapters must fit.
+            on_freed: called with each generation that nobody will ask for again; the engine may
+                forget it.
             num_kept: generations kept for rollback, the newest one included.
-            folder:   where generations are copied to; a temporary folder by default, removed at the end.
+            folder: where copies of adapters are kept; the system's temporary folder by default.
         """
-        self._spec = spec
+        self._copies = GenerationFolder(spec, folder)
         self._on_freed = on_freed
         self._num_kept = num_kept
-        self._folder = Path(tempfile.mkdtemp(prefix="herd-adapters-", dir=folder))
-        self._cleanup = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._lock = threading.Lock()
         self._uids = itertools.count(1)
         self._last_generation: Counter[int] = Counter()
         self._entries: dict[str, _Entry] = {}
         self._num_users: Counter[AdapterRef] = Counter()
-        self._removed: set[AdapterRef] = (
-            set()
-        )  # still in use, of names that are gone or generations that were dropped
+        self._dropped: set[AdapterRef] = set()  # in use, and to be freed at their last release
 
     # Publishing.
 
@@ -122,10 +103,10 @@ class Registry:
         """Copy an adapter's files and check them; nothing is visible to requests yet.
 
         Args:
-            name:         what requests will call it.
-            path:         folder in PEFT format.
+            name: what requests will call it.
+            path: folder in PEFT format.
             load_inplace: allow a name that is loaded already: this becomes its next generation.
-            roots:        where its files must really lie (adapters/confine.py); None: anywhere.
+            roots: where its files must really lie (adapters/confine.py); None: anywhere.
 
         Raises:
             AdapterError: the name is not allowed or taken, or the adapter does not fit the base.
@@ -135,27 +116,14 @@ class Registry:
             entry = self._entries.get(name)
             if entry is not None and not load_inplace:
                 raise AdapterError(
-                    f"Adapter {name!r} is loaded already, as generation {entry.current}. Set load_inplace to publish this one "
-                    f"as its next generation, or choose another name."
+                    f"Adapter {name!r} is loaded already, as generation {entry.current}. Set "
+                    f"load_inplace to publish this one as its next generation, or choose another "
+                    f"name."
                 )
             uid = entry.uid if entry is not None else next(self._uids)
             self._last_generation[uid] += 1
             generation = self._last_generation[uid]
-        folder = self._folder / f"{uid}-{generation}"
-        try:
-            folder.mkdir()
-            copy_adapter(Path(path), folder, roots)
-            info = inspect_adapter(folder, self._spec, label=f"{name} ({path})")
-        except OSError as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise AdapterError(
-                f"{path}: cannot be copied to {folder}: {error.strerror}."
-            ) from error
-        except AdapterError:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        ref = AdapterRef(uid=uid, generation=generation, name=name, path=str(folder))
-        return Generation(ref=ref, info=info, source=str(path), created_at=time.time())
+        return self._copies.take(name, uid, generation, path, roots)
 
     def commit(self, prepared: Generation, *, pinned: bool = False) -> AdapterRecord:
         """Make a prepared generation the current one; requests that come from now on get it.
@@ -168,7 +136,8 @@ class Registry:
             entry = self._entries.get(ref.name)
             if entry is not None and entry.uid != ref.uid:
                 raise AdapterError(
-                    f"Adapter {ref.name!r} was loaded anew while this one was being loaded. Load it again."
+                    f"Adapter {ref.name!r} was removed and loaded anew while this one was being "
+                    f"loaded. Load it again."
                 )
             if entry is None:
                 entry = self._entries[ref.name] = _Entry(ref.uid, ref.generation)
@@ -190,11 +159,15 @@ class Registry:
     def publish(
         self, name: str, path: str | Path, *, load_inplace: bool = True, pinned: bool = False
     ) -> AdapterRecord:
-        """prepare and commit in one, for start-up, when no request can come before the engine has loaded it."""
+        """prepare and commit in one, for when no request can come before the engine has it."""
         return self.commit(self.prepare(name, path, load_inplace=load_inplace), pinned=pinned)
 
     def rollback(self, name: str, generation: int | None = None) -> AdapterRecord:
-        """Make an older generation current again, under its own number; None takes the one before the current.
+        """Make an older generation current again, under its own number.
+
+        Args:
+            name: of the adapter.
+            generation: which; None takes the one before the current.
 
         Raises:
             AdapterNotFound: no such name.
@@ -204,10 +177,11 @@ class Registry:
         older = [number for number in entry.generations if number < entry.current]
         target = generation if generation is not None else max(older, default=None)
         if target is None or target not in entry.generations:
-            found = "an earlier generation" if target is None else f"generation {target}"
+            wanted = "earlier generation" if target is None else f"generation {target}"
+            kept = ", ".join(map(str, sorted(entry.generations)))
             raise AdapterError(
-                f"Adapter {name!r} has no {found.removeprefix('an ')} to go back to; it has "
-                f"{', '.join(map(str, sorted(entry.generations)))}, and {entry.current} is current."
+                f"Adapter {name!r} has no {wanted} to go back to; it has {kept}, and "
+                f"{entry.current} is current."
             )
         entry.current = target
         return self.resolve(name)
@@ -243,8 +217,8 @@ class Registry:
         self._num_users[ref] -= 1
         if self._num_users[ref] == 0:
             del self._num_users[ref]
-            if ref in self._removed:
-                self._removed.discard(ref)
+            if ref in self._dropped:
+                self._dropped.discard(ref)
                 self._free(ref)
 
     def resolve(self, name: str) -> AdapterRecord:
@@ -278,23 +252,23 @@ class Registry:
 
     def close(self) -> None:
         """Remove every copy from disk."""
-        self._cleanup()
+        self._copies.close()
 
     def _entry(self, name: str) -> _Entry:
         entry = self._entries.get(name)
         if entry is None:
             raise AdapterNotFound(
-                f"No adapter {name!r} is loaded; loaded are {', '.join(self._entries) or 'none'}. Load it first, or name the "
-                f"base model."
+                f"No adapter {name!r} is loaded; loaded are {', '.join(self._entries) or 'none'}. "
+                f"Load it first, or name the base model."
             )
         return entry
 
     def _drop(self, ref: AdapterRef) -> None:
         if ref in self._num_users:
-            self._removed.add(ref)
+            self._dropped.add(ref)
         else:
             self._free(ref)
 
     def _free(self, ref: AdapterRef) -> None:
         self._on_freed(ref)
-        shutil.rmtree(ref.path, ignore_errors=True)
+        self._copies.remove(ref.path)

@@ -1,16 +1,16 @@
-"""From what a user types to a folder: local path, then model or adapter folder, then alias, then the model hub.
+"""From what a user types to a folder: a path, the model or adapter folder, an alias, the model hub.
 
 Only files that are data are ever downloaded: safetensors, JSON, tokenizers, templates.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from adapters.format import WEIGHTS_FILE
-from adapters.peft_config import CONFIG_FILE
+from adapters.folder import CONFIG_FILE, WEIGHTS_FILE
 from engine.errors import AdapterError, CheckpointError
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
@@ -30,6 +30,7 @@ DOWNLOADED = [
     "merges.txt",
     "vocab.txt",
 ]
+NOT_DOWNLOADED = ["*/*", "consolidated*"]  # training checkpoints, second copies of the weights
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -38,7 +39,8 @@ def resolve_base(name: str, model_dir: str | Path | None) -> Path:
     """The folder of a base model.
 
     Args:
-        name:      a folder, a name in model_dir, an alias such as llama-7b, "demo", or a Hugging Face repository id.
+        name: a folder, a name in model_dir, "demo", an alias such as llama-7b, or the id of a
+            Hugging Face repository.
         model_dir: --model-dir.
 
     Raises:
@@ -48,7 +50,7 @@ def resolve_base(name: str, model_dir: str | Path | None) -> Path:
         return DEMO / "model"
     tried: list[str] = []
     folders = [
-        Path(name).expanduser(),
+        Path(os.path.expanduser(name)),
         *([Path(model_dir) / name] if model_dir is not None else []),
     ]
     for path in folders:
@@ -65,15 +67,16 @@ def resolve_adapter(name: str, base: str, adapter_dirs: Sequence[str | Path]) ->
     """The folder of an adapter.
 
     Args:
-        name:         a folder, a name in one of adapter_dirs, a demo adapter, guanaco, or a repository id.
-        base:         --base as the user gave it; decides which demo adapter or size of Guanaco is meant.
+        name: a folder, a name in one of adapter_dirs, a demo adapter, guanaco, or the id of a
+            Hugging Face repository.
+        base: --base as the user gave it; it decides about demo adapters and Guanaco's size.
         adapter_dirs: --adapter-dir.
 
     Raises:
         AdapterError: not found; the message lists everything that was tried.
     """
     tried: list[str] = []
-    folders = [Path(name).expanduser(), *(Path(folder) / name for folder in adapter_dirs)]
+    folders = [Path(os.path.expanduser(name)), *(Path(folder) / name for folder in adapter_dirs)]
     if base == DEMO_BASE and NAME.fullmatch(name):
         folders.append(DEMO / "adapters" / name)
     for path in folders:
@@ -81,26 +84,28 @@ def resolve_adapter(name: str, base: str, adapter_dirs: Sequence[str | Path]) ->
             return path
     repository = name
     if name.lower() == "guanaco":
-        size = re.search(r"(?<![\d.])(7|13|30|33|65)b\b", base.lower())
+        size = _llama_size(base)
         if size is None:
             tried.append(
-                f"the alias guanaco: {base!r} does not say whether it is 7b, 13b, 33b or 65b"
+                f"the alias guanaco: trained on the first LLaMA of 7b, 13b, 33b or 65b, and "
+                f"{base!r} does not say that it is one of them"
             )
         else:
-            repository = f"timdettmers/guanaco-{GUANACO_SIZES[size[0]]}"
+            repository = f"timdettmers/guanaco-{GUANACO_SIZES[size]}"
     folder = _download(repository, tried)
     if folder is None:
         raise AdapterError(_not_found("adapter", name, tried))
     if not (folder / WEIGHTS_FILE).exists():
         raise AdapterError(
-            f"{repository} has no {WEIGHTS_FILE}. Older repositories hold only pickle files, which can run code and are never "
-            f"read: load it with peft where you trust it, save it again, and name that folder."
+            f"{repository} has no {WEIGHTS_FILE}. Older repositories hold only pickle files, which "
+            f"can run code and are never read: load it with peft where you trust it, save it "
+            f"again, and name that folder."
         )
     return folder
 
 
 def parse_adapter(text: str) -> tuple[str, str]:
-    """--adapter NAME[=PATH] as (name, what to resolve). Without NAME a path is called by its last component.
+    """--adapter NAME[=PATH] as (name, what to resolve); without NAME the last part of the path.
 
     Raises:
         AdapterError: the name is not allowed.
@@ -122,9 +127,20 @@ def check_name(name: str) -> None:
     """
     if not NAME.fullmatch(name):
         raise AdapterError(
-            f"Adapter name {name[:140]!r}: expected 1 to 128 letters, digits or . _ : - and a letter or digit first. Give it a "
-            f"name with NAME=PATH."
+            f"Adapter name {name[:140]!r}: expected 1 to 128 letters, digits or . _ : - with a "
+            f"letter or digit first. Name it with NAME=PATH."
         )
+
+
+def _llama_size(base: str) -> str | None:
+    """7b, 13b, 30b, 33b or 65b, where a base's name says that it is the first LLaMA of that size.
+
+    Its successors have layers of the same shapes, so that a wrong choice would not show.
+    """
+    name = base.lower()
+    size = re.search(r"(?<![\d.])(7|13|30|33|65)b\b", name)
+    is_successor = re.search(r"llama[-_ ]?v?[2-9](?!\d*b)", name) is not None
+    return size[0] if size is not None and "llama" in name and not is_successor else None
 
 
 def _has_file(folder: Path, file: str, tried: list[str]) -> bool:
@@ -152,7 +168,9 @@ def _download(repository: str, tried: list[str]) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=DOWNLOADED))
+        return Path(
+            snapshot_download(repository, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED)
+        )
     # The hub's own errors are HTTP or OS errors too: no such repository, gated, not in the cache.
     except (httpx.HTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from adapters.format import CHAT_TEMPLATE_FILE, WEIGHTS_FILE
+from adapters.folder import CHAT_TEMPLATE_FILE, CONFIG_FILE, WEIGHTS_FILE
 from adapters.layout import FINGERPRINT_KEY, PREFIX
-from adapters.peft_config import CONFIG_FILE
 from engine.lora import EMBEDDING, LoraWeights
 
 
@@ -102,7 +101,7 @@ def write_adapter(
 
 
 def _key(parameter: str, weights: LoraWeights) -> str:
-    """What peft calls a parameter of the base: one inside an adapted layer lies in its base_layer."""
+    """What peft calls a parameter of the base; in an adapted layer it lies in its base_layer."""
     path, _, kind = parameter.rpartition(".")
     if path in weights.modules:
         return f"{PREFIX}{path}.base_layer.{kind}"

@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
-from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import torch
 
+from engine.acceptance import as_engine_error, check_request
 from engine.adapter_commands import AdapterCommands
 from engine.api import (
     EngineStats,
@@ -27,24 +27,22 @@ from engine.api import (
 )
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
-from engine.errors import (
-    AdapterError,
-    ContextLengthExceeded,
-    EngineError,
-    GrammarError,
-    NotEnoughMemory,
-    RequestError,
-)
+from engine.errors import AdapterError, EngineError, RequestError
+from engine.grammar_queue import GrammarQueue
 from engine.model_runner import ModelRunner
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 
 if TYPE_CHECKING:
-    from engine.grammar import Grammar, GrammarCompiler
+    from engine.grammar import GrammarCompiler
     from engine.lora_pool import LoraPool
     from engine.sampler import SampledToken, Sampler
 
 logger = logging.getLogger(__name__)
+
+FATAL = (torch.AcceleratorError, KeyboardInterrupt, SystemExit)
+"""After these nothing can be repeated. All else is a request's fault, even a panic in a native
+library, which is a BaseException."""
 
 
 class Engine:
@@ -74,13 +72,12 @@ class Engine:
         self.adapters = AdapterCommands(lora_pool, self.scheduler.pinned)
         self._runner = runner
         self._sampler = sampler
-        self._compiler = compiler
         self._pool = lora_pool
         self._max_len = min(max_model_len, num_blocks * config.cache.block_size)
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
-        self._compiling: dict[str, Future[Grammar]] = {}
+        self._compiling = GrammarQueue(compiler)
         self._outbox: list[RequestDelta] = []
         self._num_arrivals = 0
 
@@ -95,7 +92,7 @@ class Engine:
         if request.request_id in self._sequences:
             raise ValueError(f"request_id: expected a new one, got {request.request_id!r} again")
         try:
-            self._check(request)
+            check_request(request, vocab_size=self._vocab_size, max_len=self._max_len)
         except RequestError as error:
             self._outbox.append(
                 RequestDelta(
@@ -113,7 +110,7 @@ class Engine:
         if grammar is None or request.task == "score":
             self.scheduler.add(sequence)
         else:
-            self._compiling[sequence.request_id] = self._compiler.submit(grammar)
+            self._compiling.add(sequence, grammar)
 
     def cancel(self, request_id: str) -> None:
         """Free a request at once, whatever its state; unknown and ended ones are ignored."""
@@ -133,10 +130,14 @@ class Engine:
     def step(self) -> StepOutput:
         """Run one step and tell what it added; with nothing to run, deliver what is pending."""
         started_s = time.perf_counter()
-        self._pool.poll()
-        self._poll_grammars()
-        schedule = self.scheduler.schedule()
         deltas, self._outbox = self._outbox, []
+        self._pool.poll()
+        for sequence, failure in self._compiling.take_done():
+            if failure is None:
+                self.scheduler.add(sequence)
+            else:
+                deltas.append(self._finish(sequence, "error", error=failure, is_queued=False))
+        schedule = self.scheduler.schedule()
         for sequence, error in schedule.failed:
             deltas.append(self._finish(sequence, "error", error=error, is_queued=False))
         for sequence, _ in schedule.items:
@@ -157,38 +158,43 @@ class Engine:
         self.scheduler.check_integrity()
         self._pool.check_integrity()
         sequences = self._sequences.values()
-        compiling = {id(self._sequences[request_id]) for request_id in self._compiling}
-        queued = set(map(id, self.scheduler.waiting)) | set(map(id, self.scheduler.running))
-        assert set(map(id, sequences)) == compiling | queued, "a sequence is lost"
+        compiling = set(self._compiling)
+        queued = {*self.scheduler.waiting, *self.scheduler.running}
+        assert set(sequences) == compiling | queued, "a sequence is lost"
         assert not compiling & queued, "a sequence runs without its grammar"
         self.adapters.check_integrity([s.adapter for s in sequences if s.adapter is not None])
 
     def close(self) -> None:
         """Stop the threads that load adapters and compile grammars."""
         self._pool.close()
-        self._compiler.close()
+        self._compiling.close()
 
     # One step.
 
     @torch.inference_mode()
     def _run(self, items: list[tuple[Sequence, int]], deltas: list[RequestDelta]) -> None:
         """Run and sample; after an error find out whose it is by running each sequence alone."""
+        result = None
         try:
             result = self._runner.run(items)
             tokens = self._sampler.sample(result.logits, result.sampled) if result.sampled else []
-        except torch.AcceleratorError:
-            raise  # the device is lost; nothing can be repeated
-        except Exception as error:  # a request's boundary: only those at fault end
+        except FATAL:
+            raise
+        except BaseException as error:  # a request's boundary: only those at fault end
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
-            if len(items) > 1:
-                logger.warning("A step failed (%r); repeating it one sequence at a time.", error)
-                for item in items:
-                    self._run([item], deltas)
+            if len(items) == 1:
+                if not isinstance(error, RequestError | AdapterError):
+                    logger.exception("A forward pass failed.")
+                deltas.append(self._finish_failed(items[0][0], as_engine_error(error)))
                 return
-            if not isinstance(error, RequestError | AdapterError):
-                logger.exception("A forward pass failed.")
-            deltas.append(self._finish_failed(items[0][0], _as_engine_error(error)))
+            logger.warning("A step failed (%r); repeating it one sequence at a time.", error)
+            for item in items:
+                if result is not None and item[0].grammar is not None:
+                    # The sampler may have moved this grammar on: it cannot choose that token again.
+                    deltas.append(self._finish_failed(item[0], as_engine_error(error)))
+                else:
+                    self._run([item], deltas)
             return
         self.scheduler.complete(items)
         for sequence, entries in result.prompt_logprobs:
@@ -246,10 +252,7 @@ class Engine:
     ) -> RequestDelta:
         """The only way out: forget the sequence, free what it holds, return its final delta."""
         del self._sequences[sequence.request_id]
-        future = self._compiling.pop(sequence.request_id, None)
-        if future is not None:
-            future.cancel()
-        elif is_queued:
+        if is_queued and not self._compiling.remove(sequence):
             self.scheduler.remove(sequence)
         self.adapters.end_use(sequence.adapter)
         return self._delta(
@@ -296,42 +299,6 @@ class Engine:
             error=error,
         )
 
-    # Small steps.
-
-    def _check(self, request: GenerateRequest) -> None:
-        """Raise RequestError for what would break a batch or could never run."""
-        tokens = request.prompt_token_ids
-        if not tokens:
-            raise RequestError("The prompt is empty; at least one token is needed.", "prompt")
-        if not 0 <= min(tokens) <= max(tokens) < self._vocab_size:
-            bad = next(token for token in tokens if not 0 <= token < self._vocab_size)
-            raise RequestError(
-                f"The prompt holds token id {bad}; this model knows 0 to {self._vocab_size - 1}.",
-                "prompt",
-            )
-        num_new_tokens = 0 if request.task == "score" else 1
-        if len(tokens) + num_new_tokens > self._max_len:
-            raise ContextLengthExceeded(len(tokens), request.params.max_tokens, self._max_len)
-        if request.task == "score" and request.adapter is None:
-            raise RequestError("The base model has no score head; name a reward adapter.", "model")
-
-    def _poll_grammars(self) -> None:
-        """Queue the sequences whose grammar is compiled; end those whose grammar is wrong."""
-        ready = [request_id for request_id, future in self._compiling.items() if future.done()]
-        for request_id in ready:
-            sequence = self._sequences[request_id]
-            try:
-                sequence.grammar = self._compiling[request_id].result().matcher()
-            except EngineError as error:
-                self._outbox.append(self._finish(sequence, "error", error=error))
-            except Exception as error:  # the compiler's boundary: its failure is that request's
-                logger.exception("A grammar could not be compiled.")
-                failure = GrammarError(f"The grammar could not be compiled: {error}")
-                self._outbox.append(self._finish(sequence, "error", error=failure))
-            else:
-                del self._compiling[request_id]
-                self.scheduler.add(sequence)
-
     def _stats(self, step_s: float, num_step_tokens: int) -> EngineStats:
         return EngineStats(
             num_running=len(self.scheduler.running),
@@ -347,14 +314,3 @@ class Engine:
             num_adapter_evictions=self._pool.num_evictions,
             adapter_load_s=self._pool.load_s,
         )
-
-
-def _as_engine_error(error: Exception) -> EngineError:
-    if isinstance(error, EngineError):
-        return error
-    if isinstance(error, torch.OutOfMemoryError):
-        return NotEnoughMemory(
-            "The device ran out of memory on this request. Lower --gpu-memory-utilization or "
-            "--max-num-batched-tokens so that activations fit."
-        )
-    return EngineError(f"The model failed on this request: {type(error).__name__}: {error}")

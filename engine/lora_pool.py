@@ -99,8 +99,10 @@ class LoraPool:
             rows: each token's pool row, -1 for the base.
             scales: each token's lora_scale; zero is the base, to the bit.
         """
+        if max(rows, default=-1) < 0:
+            return None
         rows = [row if scale != 0.0 else -1 for row, scale in zip(rows, scales, strict=True)]
-        if all(row < 0 for row in rows):
+        if max(rows) < 0:
             return None
         lora_indices = torch.tensor(rows, dtype=torch.int32).to(self._device, non_blocking=True)
         lora_scales = torch.tensor(scales, dtype=torch.float32).to(self._device, non_blocking=True)
@@ -173,8 +175,11 @@ class LoraPool:
                 self._fail(ref, self._loader.failures[ref])
             elif ref in self._waiting:
                 self._answer(ref)
-        for ref in [ref for ref in self._waiting if self._is_ready(ref)]:
-            self._answer(ref)
+        for ref in list(self._waiting):
+            if self._is_ready(ref):
+                self._answer(ref)
+            else:
+                self._loader.start(ref)  # it may have been ready and pushed out since
         for ref in [ref for ref in self._rows.pinned if self._rows.find(ref) is None]:
             try:
                 if self._find_or_place(ref) is None:

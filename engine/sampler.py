@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.api import TokenLogprobs
-from engine.errors import EngineError, GrammarError
+from engine.errors import EngineError, GrammarError, RequestError
 from engine.grammar import GrammarMatcher
 from engine.sequence import Sequence
 from kernels.sampling import (
@@ -30,9 +30,15 @@ from kernels.sampling import (
 
 
 class SamplingError(EngineError):
-    """No token can be chosen for a sequence; it ends, the others go on."""
+    """The model's output for a sequence is broken; it ends, the others go on."""
 
     code = "sampling_failed"
+
+
+class NoTokenLeft(RequestError):
+    """What a request asks for excludes every token."""
+
+    code = "no_token_left"
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +247,7 @@ def _dead_row_error(is_broken: bool) -> EngineError:
             "The model's output for this request is not finite. Check the adapter and lora_scale, "
             "or serve with --dtype bfloat16 or float32."
         )
-    return SamplingError(
+    return NoTokenLeft(
         "No token is left to choose from: logit_bias, min_tokens and the response format or "
         "grammar exclude each other. Change one of them."
     )

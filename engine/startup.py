@@ -23,6 +23,7 @@ from engine.kv_cache import (
 )
 from engine.lora import LoraWeights
 from engine.lora_pool import LoraPool
+from engine.model_config import ModelSpec
 from engine.model_runner import ModelRunner, measure_activation_bytes
 from engine.sampler import Sampler
 from engine.weights import LoadedModel, load_model
@@ -43,9 +44,13 @@ def create_engine(
     """
     started_s = time.perf_counter()
     device = _device(config)
+    spec = ModelSpec.from_folder(folder)
+    max_model_len = _max_model_len(config, spec.max_context_len)
+    if config.cache.kv_cache_memory_bytes is not None:
+        # Known beforehand: refuse before minutes of loading, not after.
+        _num_blocks(config, spec, spec.dtype, max_model_len, 0, "")
     loaded = load_model(config.model, folder, device, progress)
     spec, model = loaded.spec, loaded.model
-    max_model_len = _max_model_len(config, spec.max_context_len)
     pool = LoraPool(
         config.lora,
         model,
@@ -56,16 +61,8 @@ def create_engine(
     )
     block_size = config.cache.block_size
     cache_dtype = kv_cache_dtype(config.cache, model.dtype)
-    bytes_per_block = block_bytes(spec, block_size, cache_dtype)
     free_bytes, free_means = _free_for_cache(config, loaded, device, cache_dtype, max_model_len)
-    num_blocks = choose_num_blocks(
-        config.cache,
-        bytes_per_block=bytes_per_block,
-        max_model_len=max_model_len,
-        max_num_seqs=config.scheduler.max_num_seqs,
-        free_bytes=free_bytes,
-        free_means=free_means,
-    )
+    num_blocks = _num_blocks(config, spec, model.dtype, max_model_len, free_bytes, free_means)
     progress("allocating the KV cache", 0, 1)
     kv_caches = allocate_kv_caches(
         spec, num_blocks=num_blocks, block_size=block_size, dtype=cache_dtype, device=device
@@ -93,7 +90,7 @@ def create_engine(
         kv_cache_dtype=_name(cache_dtype),
         device=str(device),
         weights_bytes=loaded.weights_bytes,
-        kv_cache_bytes=num_blocks * bytes_per_block,
+        kv_cache_bytes=num_blocks * block_bytes(spec, block_size, cache_dtype),
         base_fingerprint=loaded.fingerprint,
         load_s=time.perf_counter() - started_s,
         quantization=loaded.quantization,
@@ -121,6 +118,26 @@ def _max_model_len(config: EngineConfig, trained_len: int) -> int:
             f"Ask for at most {trained_len}."
         )
     return asked or trained_len
+
+
+def _num_blocks(
+    config: EngineConfig,
+    spec: ModelSpec,
+    model_dtype: torch.dtype,
+    max_model_len: int,
+    free_bytes: int,
+    free_means: str,
+) -> int:
+    """choose_num_blocks for this model; raises NotEnoughMemory."""
+    cache_dtype = kv_cache_dtype(config.cache, model_dtype)
+    return choose_num_blocks(
+        config.cache,
+        bytes_per_block=block_bytes(spec, config.cache.block_size, cache_dtype),
+        max_model_len=max_model_len,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        free_bytes=free_bytes,
+        free_means=free_means,
+    )
 
 
 def _free_for_cache(

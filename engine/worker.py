@@ -57,21 +57,31 @@ def run_worker(
     _ignore_interrupts()
     _die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s")
+    exit_code = _run(conn, config, folder, load_adapter)
+    logging.shutdown()
+    # There is nothing to save, and tearing down torch can take a second that Ctrl-C would feel.
+    os._exit(exit_code)
+
+
+def _run(
+    conn: Connection, config: EngineConfig, folder: Path, load_adapter: LoadAdapterFiles
+) -> int:
+    """The worker's life; returns its exit code."""
     try:
         engine, info = create_engine(config, folder, load_adapter, _progress_sender(conn))
         conn.send(info)
-        try:
-            serve(conn, engine)
-        finally:
-            engine.close()
+        serve(conn, engine)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the parent has gone or has closed the pipe: nobody is left to tell
+        return 0  # the parent has gone or has closed the pipe: nobody is left to tell
     except EngineError as error:
         _send_failure(conn, error.info())
+        return 1
     except Exception as error:  # the process boundary
         logger.exception("The engine worker failed.")
         message = f"The engine worker failed: {type(error).__name__}: {error}"
         _send_failure(conn, ErrorInfo(code=EngineError.code, message=message))
+        return 1
+    return 0
 
 
 def serve(conn: Connection, engine: Engine) -> None:

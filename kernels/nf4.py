@@ -32,7 +32,7 @@ SMALLEST_ABSMAX = 1e-38
 """Groups are divided by no less, so that an all-zero group gives zeros."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class QuantizedWeight:
     """A 4-bit weight matrix. Making one whose fields disagree raises ValueError."""
 
@@ -238,19 +238,25 @@ def dequantize_4bit(weight: QuantizedWeight, dtype: torch.dtype | None = None) -
 
 
 def dequantize_4bit_reference(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """dequantize_4bit in plain PyTorch: two values looked up per byte, a chunk at a time."""
+    """dequantize_4bit in plain PyTorch."""
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    expand_into(out, weight)
+    return out
+
+
+def expand_into(out: Tensor, weight: QuantizedWeight) -> None:
+    """Dequantise into `out`, contiguous and as large: two values looked up per byte, by chunks."""
     weight = weight.in_layout("stock")
     pairs = _pairs_of_bytes(weight.quant_type, weight.device)
     absmax = decode_absmax(weight)
     numel, group_size = weight.numel, weight.group_size
-    out = torch.empty(numel, dtype=dtype, device=weight.device)
+    flat = out.view(-1)
     for start in range(0, numel, CHUNK):
         stop = min(start + CHUNK, numel)
         packed = weight.packed[start // 2 : -(-stop // 2)].int()
         values = pairs.index_select(0, packed).view(torch.float32)[: stop - start]
         _scale_blocks(values, absmax[start // group_size : -(-stop // group_size)], group_size)
-        out[start:stop] = values
-    return out.view(weight.shape)
+        flat[start:stop] = values
 
 
 @cache

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.dispatch import check, dispatch
 from kernels.linear import check_bias, linear_reference
-from kernels.nf4 import FLOAT_DTYPES, QuantizedWeight, dequantize_4bit_reference
+from kernels.nf4 import FLOAT_DTYPES, QuantizedWeight, expand_into
 
 
 def nf4_linear(
@@ -47,12 +47,18 @@ def nf4_linear(
 def nf4_linear_reference(
     x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]
 ) -> Tensor:
-    """nf4_linear in plain PyTorch: one weight at a time is expanded, multiplied and dropped."""
-    outs = [
-        linear_reference(x, dequantize_4bit_reference(weight, x.dtype), bias)
-        for weight, bias in zip(weights, biases, strict=True)
+    """nf4_linear in plain PyTorch: all weights are expanded into one, for the time of the call."""
+    widths = [weight.shape[0] for weight in weights]
+    dense = x.new_empty(sum(widths), x.shape[1])
+    for rows, weight in zip(torch.split(dense, widths), weights, strict=True):
+        expand_into(rows, weight)
+    if all(bias is None for bias in biases):
+        return linear_reference(x, dense, None)
+    parts = [
+        x.new_zeros(width) if bias is None else bias
+        for width, bias in zip(widths, biases, strict=True)
     ]
-    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+    return linear_reference(x, dense, torch.cat(parts))
 
 
 def prepare_weight(weight: QuantizedWeight) -> QuantizedWeight:

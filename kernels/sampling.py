@@ -11,13 +11,14 @@ Order    A row's logits pass through, each step skipped where its parameter is n
          8 top_p: of what is left, keep the fewest most likely tokens whose share is at least top_p,
            and what equals the least of them
          9 draw
-         Steps 5 to 8 are in vLLM's order; each drops what transformers' processor drops. Greedy
-         rows end after 4 with the largest logit, the lowest token id among equals.
+         Steps 5 to 8 are in vLLM's order; 6 to 8 are in kernels/truncation.py and each drops what
+         transformers' processor drops. Greedy rows end after 4 with the largest logit, the lowest
+         token id among equals.
 Noise    One uniform number per row, a hash of (seed, position): a token depends on its seed, its
          position and its logits, never on earlier draws, restarts or other rows.
 Rows     No row's arithmetic depends on the others: reductions are softmax's, one row at a time, or
          sums of a fixed tree.
-Public   uniform, apply_penalties, apply_bitmask, greedy, draw, truncate, top_logprobs
+Public   uniform, apply_penalties, apply_bitmask, greedy, draw, top_logprobs
 """
 
 from __future__ import annotations
@@ -27,11 +28,10 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import check
+from kernels.truncation import NUM_MEMBERS, sum_columns, truncate
 
 GREEDY_BELOW = 1e-5
 """A lower temperature is greedy, as in vLLM: the quotient would overflow or decide alike."""
-_NUM_MEMBERS = 128  # tokens that one column of the tree of sums stands for; a power of two
-_NUM_RANKED = 64  # how many of the most likely tokens top_p looks at first
 
 
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def draw(
 
     Args:
         logits:      float32 [n, vocab_size]; minus infinity is never drawn. Each row has a finite
-                     largest value. Not changed.
+                     largest value. Overwritten with probabilities.
         temperature: float32 [n], at least GREEDY_BELOW.
         noise:       float64 [n] in [0, 1), see uniform.
         min_p:       float32 [n] in [0, 1]; 0 is neutral, and so is None for all rows.
@@ -150,85 +150,11 @@ def draw(
     Returns:
         int64 [n].
     """
-    probs = torch.softmax(logits / temperature[:, None], dim=-1)  # [n, vocab_size]
+    # In place: what is allocated anew each step costs more in page faults than the arithmetic does.
+    scaled = logits.div_(temperature[:, None])
+    probs = torch.softmax(scaled, dim=-1, out=scaled)  # [n, vocab_size]
     truncate(probs, min_p=min_p, top_k=top_k, top_p=top_p)
     return _invert(probs, noise)
-
-
-def truncate(
-    probs: Tensor,
-    *,
-    min_p: Tensor | None = None,
-    top_k: Tensor | None = None,
-    top_p: Tensor | None = None,
-) -> None:
-    """Steps 6 to 8: zero what may not be drawn, in place; draw's arguments."""
-    if min_p is not None or top_k is not None:
-        _drop_below(probs, _floors(probs, min_p, top_k))
-    if top_p is not None:
-        _drop_below(probs, _nucleus_floors(probs, top_p))
-
-
-def _drop_below(probs: Tensor, floors: Tensor) -> None:
-    probs.mul_(probs >= floors[:, None])
-
-
-def _floors(probs: Tensor, min_p: Tensor | None, top_k: Tensor | None) -> Tensor:
-    """float32 [n]: the least probability that min_p and top_k let pass."""
-    vocab_size = probs.shape[1]
-    floors = probs.new_zeros(probs.shape[0])
-    if min_p is not None:
-        floors = probs.amax(dim=-1) * min_p
-    if top_k is not None:
-        has_k = (top_k > 0) & (top_k < vocab_size)
-        ranks = torch.where(has_k, top_k, 1)
-        ranked = probs.topk(int(ranks.max()), dim=-1).values
-        kth = ranked.gather(1, ranks[:, None] - 1).squeeze(1)
-        floors = torch.where(has_k, torch.maximum(floors, kth), floors)
-    return floors
-
-
-def _nucleus_floors(probs: Tensor, top_p: Tensor) -> Tensor:
-    """float32 [n]: the least probability in the smallest set whose share is at least top_p.
-
-    The set is nearly always small, so few tokens are ranked first. Where they were not enough, all
-    that can belong to the set are: less than half of (1 - top_p) / vocab_size cannot, all such
-    tokens together weigh less than the set may leave out. The sums run from the largest down either
-    way, so how many were ranked changes no result.
-    """
-    vocab_size = probs.shape[1]
-    totals = _sum_columns(probs)[0].double().sum(dim=-1)  # [n]
-    targets = top_p.double() * totals
-    ranked = probs.topk(min(_NUM_RANKED, vocab_size), dim=-1).values  # descending
-    is_short = ranked.cumsum(dim=-1, dtype=torch.float64) < targets[:, None]
-    last = is_short.sum(dim=-1).clamp(max=ranked.shape[1] - 1)
-    floors = ranked.gather(1, last[:, None]).squeeze(1)
-    for row in (is_short[:, -1] & (top_p < 1.0)).nonzero().flatten().tolist():
-        too_small = (totals[row] - targets[row]) / (2 * vocab_size)
-        ranked_row = probs[row][probs[row] >= too_small].sort(descending=True).values
-        is_short_row = ranked_row.cumsum(dim=0, dtype=torch.float64) < targets[row]
-        # Rounding may keep the sum of all below the target: then all are kept.
-        floors[row] = ranked_row[is_short_row.sum().clamp(max=len(ranked_row) - 1)]
-    return torch.where(top_p < 1.0, floors, 0.0)
-
-
-def _sum_columns(weights: Tensor) -> tuple[Tensor, int]:
-    """Sums of the tokens i, i + w, i + 2w, … (128 of them) for i below w = vocab_size // 128.
-
-    Returns:
-        float32 [n, w + vocab_size % 128]; the last vocab_size % 128 tokens stand alone. And w.
-        Additions of whole slices: the same order for every row and every number of rows.
-    """
-    num_columns = weights.shape[1] // _NUM_MEMBERS
-    body = weights[:, : num_columns * _NUM_MEMBERS]
-    sums = torch.unflatten(body, 1, (_NUM_MEMBERS, num_columns))
-    half = _NUM_MEMBERS // 2
-    while half:
-        sums = sums[:, :half] + sums[:, half:]
-        half //= 2
-    return torch.cat(
-        (sums.squeeze(1), weights[:, num_columns * _NUM_MEMBERS :]), dim=1
-    ), num_columns
 
 
 def _invert(weights: Tensor, noise: Tensor) -> Tensor:
@@ -236,16 +162,16 @@ def _invert(weights: Tensor, noise: Tensor) -> Tensor:
 
     A token of weight zero is never chosen. Tokens lie on the line in the order of their columns.
     """
-    sums, num_columns = _sum_columns(weights)
+    sums, num_columns = sum_columns(weights)
     sums = sums.double()
     ends = sums.cumsum(dim=-1)
     column, offset = _find(ends, noise * ends[:, -1])  # [n, 1], [n, 1]
     is_alone = column >= num_columns
     inside = torch.where(is_alone, 0, column)
-    strides = torch.arange(_NUM_MEMBERS, device=weights.device) * num_columns
+    strides = torch.arange(NUM_MEMBERS, device=weights.device) * num_columns
     members = weights.gather(1, (inside + strides).clamp(max=weights.shape[1] - 1))  # [n, 128]
     member, _ = _find(members.cumsum(dim=-1, dtype=torch.float64), offset.squeeze(1))
-    alone = column + num_columns * (_NUM_MEMBERS - 1)
+    alone = column + num_columns * (NUM_MEMBERS - 1)
     return torch.where(is_alone, alone, inside + member * num_columns).squeeze(1)
 
 

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server import errors
 from server.auth import ForeignPageGuard, require_key
 from server.limits import BodyLimit
-from server.metrics import Metrics, engine_metrics
+from server.metrics import Metrics, adapter_metrics, engine_metrics
 from server.routes import adapters, chat, completions, fallback, health, models, score, tokenize
 from server.state import ServerState
 from server.streaming import ClientGone
@@ -83,10 +83,10 @@ class EngineCollector(Collector):
         self._state = state
 
     def collect(self) -> Iterable[Metric]:
-        engine = self._state.engine
-        return engine_metrics(
-            self._state.model_names[0], engine.stats, engine.info, engine.num_restarts
-        )
+        state, engine = self._state, self._state.engine
+        name = state.metrics.model_name
+        yield from engine_metrics(name, engine.stats, engine.info, engine.num_restarts)
+        yield from adapter_metrics(name, state.registry.records(), engine.stats)
 
 
 class CountAnswers:
@@ -101,11 +101,23 @@ class CountAnswers:
             await self._app(scope, receive, send)
             return
 
+        def count(status: int) -> None:
+            route = getattr(scope.get("route"), "path", "other")
+            method = scope["method"] if route != "other" else "other"
+            self._metrics.http.labels(method, route, str(status)).inc()
+
+        has_begun = False
+
         async def counted(message: Message) -> None:
+            nonlocal has_begun
             if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", "other")
-                method = scope["method"] if route != "other" else "other"
-                self._metrics.http.labels(method, route, str(message["status"])).inc()
+                has_begun = True
+                count(message["status"])
             await send(message)
 
-        await self._app(scope, receive, counted)
+        try:
+            await self._app(scope, receive, counted)
+        except Exception:
+            if not has_begun:
+                count(500)  # which Starlette sends, further out
+            raise

@@ -5,8 +5,8 @@ commands, so that neither a slow client nor a worker in the middle of a long ste
 loop. Per request one unbounded queue.
 
 When the worker dies every waiting request ends with one final delta, code "engine_restarting", and
-a new worker is started; MAX_DEATHS deaths within DEATH_WINDOW_S seconds are taken for a fault that
-restarts cannot mend.
+a new worker is started. MAX_DEATHS workers in a row that served for less than QUICK_DEATH_S, or
+could not start at all, are taken for a fault that restarts cannot mend.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -48,7 +47,7 @@ logger = logging.getLogger(__name__)
 State = Literal["loading", "ready", "restarting", "failed", "stopped"]
 
 MAX_DEATHS = 5
-DEATH_WINDOW_S = 60.0
+QUICK_DEATH_S = 60.0
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 10.0
 SHUTDOWN_S = 2.0
@@ -84,7 +83,8 @@ class EngineClient:
         self._requests: dict[str, asyncio.Queue[RequestDelta]] = {}
         self._commands: dict[int, asyncio.Future[AdapterReply]] = {}
         self._num_commands = 0
-        self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+        self._ready_since_s: float | None = None
+        self._num_quick_deaths = 0
         self._supervisor: asyncio.Task[None] | None = None
 
     async def start(self) -> EngineInfo:
@@ -114,18 +114,18 @@ class EngineClient:
         """Refuse new requests, let others run for `timeout_s`, cancel the rest, end the worker."""
         self.state = "stopped"
         deadline_s = time.monotonic() + timeout_s
-        shutdown_s = SHUTDOWN_S
-        if self._ready is not None and not self._ready.done():
-            self._ready.set_exception(self._unavailable())
-            shutdown_s = 0.0  # still loading: it does not listen yet
+        is_loading = self._ready is not None and not self._ready.done()
         if self._supervisor is not None:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
             self._supervisor = None
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(self._unavailable())  # start() is waiting for it
         while self._requests and self._worker is not None and time.monotonic() < deadline_s:
             await asyncio.sleep(0.02)
-        await self._close_worker(shutdown_s)
+        # One that is still loading does not listen yet.
+        await self._close_worker(0.0 if is_loading else SHUTDOWN_S)
         self._end_all(None)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[RequestDelta]:
@@ -195,6 +195,7 @@ class EngineClient:
             self._config, self._folder, self._load_adapter, loop, self._on_message, self._on_death
         )
         self.info = await self._ready
+        self._ready_since_s = time.monotonic()
         return self.info
 
     async def _close_worker(self, timeout_s: float) -> None:
@@ -260,27 +261,32 @@ class EngineClient:
 
     async def _restart(self) -> None:
         """Start workers until one is ready, ever more slowly; give up when they keep dying."""
-        backoff_s = 0.0
         while True:
             await self._close_worker(0.0)
             self._end_all(self._unavailable())
-            self._deaths.append(time.monotonic())
-            if (
-                len(self._deaths) == MAX_DEATHS
-                and self._deaths[-1] - self._deaths[0] < DEATH_WINDOW_S
-            ):
+            ready_s, self._ready_since_s = self._ready_since_s, None
+            if ready_s is not None and time.monotonic() - ready_s >= QUICK_DEATH_S:
+                self._num_quick_deaths = 0
+            self._num_quick_deaths += 1
+            if self._num_quick_deaths >= MAX_DEATHS:
                 self.state = "failed"
                 logger.critical(
-                    "The engine worker died %d times within %.0f s; giving up. Last error: %s",
-                    MAX_DEATHS, DEATH_WINDOW_S, self.last_error,
-                )  # fmt: skip
+                    "%d engine workers in a row died; giving up. Last error: %s",
+                    self._num_quick_deaths,
+                    self.last_error,
+                )
                 return
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(max(FIRST_BACKOFF_S, 2 * backoff_s), MAX_BACKOFF_S)
+            if self._num_quick_deaths > 1:
+                backoff_s = FIRST_BACKOFF_S * 2 ** (self._num_quick_deaths - 2)
+                await asyncio.sleep(min(backoff_s, MAX_BACKOFF_S))
             try:
                 await self._launch()
             except EngineError as error:
                 logger.error("The new engine worker could not start: %s", error)
+                continue
+            except OSError as error:  # no process, no pipe: the machine is short of something
+                self.last_error = EngineError(f"No engine worker could be started: {error}")
+                logger.error("%s", self.last_error)
                 continue
             worker = self._worker
             self.num_restarts += 1

@@ -28,6 +28,7 @@ STATUS = {
     "invalid_request": 400,
     "context_length_exceeded": 400,
     "invalid_grammar": 400,
+    "no_token_left": 400,
     "invalid_adapter": 400,
     "invalid_checkpoint": 400,
     "model_not_found": 404,

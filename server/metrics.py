@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from adapters.registry import AdapterRecord
 from engine.api import EngineInfo, EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -165,3 +166,20 @@ def engine_metrics(
         family = GaugeMetricFamily("herd_cache_config_info", "Of the KV cache", labels=list(facts))
         family.add_metric(list(facts.values()), 1)
         yield family
+
+
+def adapter_metrics(
+    model_name: str, records: Iterable[AdapterRecord], stats: EngineStats
+) -> Iterable[Metric]:
+    """Of each adapter that is loaded now: where it is and how many requests hold it."""
+    labels = ["model_name", "adapter"]
+    resident = GaugeMetricFamily(
+        "herd_adapter_resident", "1: in a row on the device", labels=labels
+    )
+    running = GaugeMetricFamily("herd_adapter_requests_running", "Requests now", labels=labels)
+    for record in records:
+        key = (record.ref.uid, record.ref.generation)
+        resident.add_metric([model_name, record.name], key in stats.resident_adapters)
+        running.add_metric([model_name, record.name], record.num_running)
+    yield resident
+    yield running

@@ -11,10 +11,12 @@ from typing import Any
 
 from adapters.registry import AdapterRecord
 from engine.api import GrammarSpec
+from engine.errors import GrammarError
 from engine.grammar import check_grammar
 from server.chat_template import ChatTemplate, choose_template, no_template, render
 from server.errors import bad_request
 from server.generation import Job
+from server.message_schemas import Message
 from server.sampling import (
     DEFAULT_COMPLETION_TOKENS,
     check_prompt,
@@ -22,9 +24,10 @@ from server.sampling import (
     sampling_params,
     structure_grammar,
 )
-from server.schemas import ChatCompletionRequest, CompletionRequest, Message
+from server.schemas import ChatCompletionRequest, CompletionRequest
 from server.state import Lease, ServerState
 from server.tokenizer import Tokenizer
+from server.tool_parser import CALL_BEGIN
 from server.tools import ToolPlan, plan_response_format, plan_tools
 
 
@@ -80,6 +83,11 @@ def chat_job(
         grammar=grammar,
         info=info,
     )
+    # Some models write the markers of a call as control tokens; the parser has to see them.
+    tokenizer = state.tokenizer
+    shows_calls = bool(plan.tool_names) and any(
+        tokenizer.piece(token_id) == CALL_BEGIN.encode() for token_id in tokenizer.special_ids
+    )
     job = Job(
         request_id=request_id,
         prompts=(tuple(token_ids),),
@@ -89,7 +97,7 @@ def chat_job(
         lora_scale=1.0 if body.lora_scale is None else body.lora_scale,
         priority=body.priority or 0,
         stops=tuple(dict.fromkeys((*body.stops(), *template.stops))),
-        skip_special_tokens=body.skip_special_tokens is not False,
+        skip_special_tokens=_or_default(body.skip_special_tokens, not shows_calls),
         continues_prompt=bool(body.continue_final_message),
     )
     return ChatJob(job=job, plan=plan)
@@ -229,7 +237,11 @@ def _one_grammar(first: GrammarSpec | None, second: GrammarSpec | None) -> Gramm
         )
     grammar = first or second
     if grammar is not None:
-        check_grammar(grammar)
+        try:
+            check_grammar(grammar)
+        except GrammarError as error:
+            error.param = error.param or ("response_format" if first else "structured_outputs")
+            raise
     return grammar
 
 

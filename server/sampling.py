@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from engine.api import EngineInfo, GrammarSpec, SamplingParams
 from engine.errors import ContextLengthExceeded
 from server.errors import bad_request
-from server.schemas import GenerationRequest, StructuredOutputs
+from server.message_schemas import StructuredOutputs
+from server.schemas import GenerationRequest
 from server.tools import plan_response_format
 
 T = TypeVar("T")

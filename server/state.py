@@ -112,13 +112,17 @@ class ServerState:
             text = f"The model '{model[:200]}' does not exist. There are: {known}."
             raise ApiError(404, text, code="model_not_found", param="model") from None
 
-    def lease(self, model: str, num_sequences: int) -> Lease:
+    def lease(self, model: str, num_sequences: int, lora_scale: float | None = None) -> Lease:
         """Admit a request and hold its adapter's current generation.
 
         Raises:
-            ApiError: 404 unknown model, 503 not ready or queue full.
+            ApiError: 404 unknown model, 400 a scale without an adapter, 503 not ready or queue
+                full.
         """
         adapter = self.find(model)
+        if adapter is None and lora_scale is not None:
+            text = f"lora_scale: '{model}' is the base model, there is no adapter to scale"
+            raise ApiError(400, text, code="invalid_value", param="lora_scale")
         self.info()
         limit = self.max_num_seqs + self.config.max_queued_requests
         if self.num_sequences and self.num_sequences + num_sequences > limit:

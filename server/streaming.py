@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
+from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -65,53 +66,82 @@ async def open_stream(
     """Answer with a stream, once there is a first event: until then an error has its own status.
 
     A first event that takes longer than the ping interval does not hold the headers back.
+
+    Raises:
+        ClientGone: the client left before the first event.
     """
-    first = asyncio.ensure_future(anext(events))
+    feed = _Feed(events)
     try:
-        await until_gone(request, _wait(first, ping_interval_s))
-        if first.done():
-            first.result()  # raises what went wrong before the first event
+        await until_gone(request, feed.wait(ping_interval_s))
+        if feed.next.done():
+            feed.next.result()  # raises what went wrong before the first event
     except BaseException:
-        await _close(first, events)
+        await feed.close()
         raise
     return StreamingResponse(
-        _stream(first, events, ping_interval_s),
+        _stream(feed, ping_interval_s),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})},
+        # A client that leaves before the answer begins: then _stream is never entered.
+        background=BackgroundTask(feed.close),
     )
 
 
-async def _wait(task: asyncio.Future[Any], timeout_s: float) -> None:
-    await asyncio.wait({task}, timeout=timeout_s)
+class _Feed:
+    """A generator of events, its next one always being made; closed once, whoever asks first."""
+
+    def __init__(self, events: AsyncGenerator[dict[str, Any], None]) -> None:
+        self._events = events
+        self._closing: asyncio.Task[None] | None = None
+        self.next: asyncio.Future[dict[str, Any]] = asyncio.ensure_future(anext(events))
+
+    def advance(self) -> None:
+        self.next = asyncio.ensure_future(anext(self._events))
+
+    async def wait(self, timeout_s: float) -> None:
+        await asyncio.wait({self.next}, timeout=timeout_s)
+
+    def begin_close(self) -> asyncio.Task[None]:
+        """Stop the generator, in a task of its own."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+            _open_closings.add(self._closing)
+            self._closing.add_done_callback(_open_closings.discard)
+        return self._closing
+
+    async def close(self) -> None:
+        """The same, and wait for it."""
+        await asyncio.shield(self.begin_close())
+
+    async def _close(self) -> None:
+        self.next.cancel()
+        await asyncio.gather(self.next, return_exceptions=True)
+        await self._events.aclose()
 
 
-async def _stream(
-    pending: asyncio.Future[dict[str, Any]],
-    events: AsyncGenerator[dict[str, Any], None],
-    ping_interval_s: float,
-) -> AsyncIterator[str]:
-    """Events as text, pings while they are silent; cancelled by the server when the client goes."""
+_open_closings: set[asyncio.Future[None]] = set()  # the loop itself keeps weak references only
+
+
+async def _stream(feed: _Feed, ping_interval_s: float) -> AsyncIterator[str]:
+    """Events as text, pings while they are silent; cancelled by Starlette when the client goes."""
     try:
         while True:
-            while not pending.done():
-                await asyncio.wait({pending}, timeout=ping_interval_s)
-                if not pending.done():
-                    yield PING
+            await feed.wait(ping_interval_s)
+            if not feed.next.done():
+                yield PING
+                continue
             try:
-                body = pending.result()
+                body = feed.next.result()
             except StopAsyncIteration:
                 break
             except Exception as error:  # the status is long sent; the error is the last event
                 yield event(error_body(mid_stream_error(error)))
                 return
             yield event(body)
-            pending = asyncio.ensure_future(anext(events))
+            feed.advance()
         yield DONE
     finally:
-        # Starlette cancels every await of this task, so the closing is done by another.
-        task = asyncio.ensure_future(_close(pending, events))
-        _closing.add(task)
-        task.add_done_callback(_closing.discard)
+        feed.begin_close()  # not awaited: Starlette cancels every await of this task
 
 
 def mid_stream_error(error: Exception) -> ApiError:
@@ -122,14 +152,3 @@ def mid_stream_error(error: Exception) -> ApiError:
         return from_engine(error)
     log.error("a stream failed", exc_info=error)
     return internal_error()
-
-
-_closing: set[asyncio.Future[None]] = set()  # the loop itself keeps weak references only
-
-
-async def _close(
-    pending: asyncio.Future[dict[str, Any]], events: AsyncGenerator[dict[str, Any], None]
-) -> None:
-    pending.cancel()
-    await asyncio.gather(pending, return_exceptions=True)
-    await events.aclose()

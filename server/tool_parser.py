@@ -178,6 +178,9 @@ class ToolCallParser:
             self._buffer = rest
             self._begin_call(self._marked_call)
             return True
+        is_marker = self._guaranteed and CALL_BEGIN.startswith(before.strip())
+        if is_last and is_marker and not self._has_content:
+            before = ""  # max_tokens cut the marker off
         num_safe = len(before) if is_last else len(before) - _num_held(before)
         if not self._is_behind_call or not before.isspace():
             self._write(before[:num_safe])

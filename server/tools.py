@@ -40,7 +40,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.api import GrammarSpec
-from engine.errors import RequestError
 from server.tool_messages import add_to_system, native_messages, plain_messages, tool_prompt
 from server.tool_parser import (
     CALL_BEGIN,
@@ -51,6 +50,7 @@ from server.tool_parser import (
     ToolCallParser,
     parse_tool_calls,
 )
+from server.tool_request import NAME, Choice, read_choice, read_tools, require
 
 __all__ = [
     "ParsedDelta",
@@ -64,12 +64,8 @@ __all__ = [
     "template_supports_tools",
 ]
 
-MAX_TOOLS = 128
-"""As OpenAI's."""
 MAX_PARALLEL_CALLS = 16
 """Where a grammar admits several calls; a model that cannot stop must not call for ever."""
-_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-_CHOICES = '"none", "auto", "required" or {"type": "function", "function": {"name": …}}'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,15 +91,6 @@ class ToolPlan:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Choice:
-    """tool_choice, resolved: how many calls at least, and of which tools."""
-
-    is_required: bool
-    functions: tuple[dict[str, Any], ...]
-    is_single: bool = False
-
-
 def plan_tools(
     messages: Sequence[Mapping[str, Any]],
     *,
@@ -124,8 +111,8 @@ def plan_tools(
     Raises:
         RequestError: a field has a shape or value that is not allowed; param names it.
     """
-    functions = _read_tools(tools)
-    choice = _read_choice(tool_choice, functions)
+    functions = read_tools(tools)
+    choice = read_choice(tool_choice, functions)
     answer = plan_response_format(response_format)
     is_native = template_supports_tools(template)
     rendered = [dict(message) for message in messages]
@@ -162,122 +149,6 @@ def template_supports_tools(template: str | None) -> bool:
     return CALL_BEGIN in template or '"parameters"' in template
 
 
-def _require(condition: object, param: str, expected: str, found: object) -> None:
-    if not condition:
-        shown = json.dumps(found, default=repr)
-        shown = shown if len(shown) <= 200 else shown[:200] + "…"
-        raise RequestError(f"{param}: expected {expected}, got {shown}.", param=param)
-
-
-def _read_tools(tools: Sequence[Mapping[str, Any]] | None) -> tuple[dict[str, Any], ...]:
-    """The functions of a request's `tools`, checked."""
-    if not tools:
-        return ()
-    _require(isinstance(tools, list | tuple), "tools", "a list", tools)
-    _require(len(tools) <= MAX_TOOLS, "tools", f"at most {MAX_TOOLS} tools", f"{len(tools)} tools")
-    functions: list[dict[str, Any]] = []
-    for index, tool in enumerate(tools):
-        where = f"tools[{index}]"
-        _require(isinstance(tool, Mapping), where, "an object", tool)
-        _require(tool.get("type") == "function", f"{where}.type", '"function"', tool.get("type"))
-        function = tool.get("function")
-        _require(isinstance(function, Mapping), f"{where}.function", "an object", function)
-        assert isinstance(function, Mapping)
-        name = function.get("name")
-        _require(
-            isinstance(name, str) and _NAME.fullmatch(name),
-            f"{where}.function.name",
-            "1 to 64 letters, digits, underscores or hyphens",
-            name,
-        )
-        _require(
-            all(name != other["name"] for other in functions),
-            f"{where}.function.name",
-            "a name used once",
-            name,
-        )
-        description = function.get("description")
-        _require(
-            description is None or isinstance(description, str),
-            f"{where}.function.description",
-            "a string",
-            description,
-        )
-        parameters = function.get("parameters")
-        where_parameters = f"{where}.function.parameters"
-        _require(
-            parameters is None or isinstance(parameters, Mapping),
-            where_parameters,
-            "a JSON schema object",
-            parameters,
-        )
-        if parameters:
-            _require(
-                parameters.get("type", "object") == "object",
-                f"{where_parameters}.type",
-                '"object"',
-                parameters.get("type"),
-            )
-        strict = function.get("strict")
-        _require(
-            strict is None or isinstance(strict, bool),
-            f"{where}.function.strict",
-            "true or false",
-            strict,
-        )
-        functions.append(dict(function))
-    return tuple(functions)
-
-
-def _read_choice(
-    choice: str | Mapping[str, Any] | None, functions: tuple[dict[str, Any], ...]
-) -> _Choice:
-    """Which of the functions the model may or must call."""
-    if choice is None or choice == "none" or (choice == "auto" and not functions):
-        return _Choice(is_required=False, functions=functions if choice is None else ())
-    if isinstance(choice, str):
-        _require(choice in ("auto", "required"), "tool_choice", _CHOICES, choice)
-        _require(functions, "tool_choice", '"none" where there are no tools', choice)
-        return _Choice(is_required=choice == "required", functions=functions)
-    _require(isinstance(choice, Mapping), "tool_choice", _CHOICES, choice)
-    if choice.get("type") == "allowed_tools":
-        allowed = choice.get("allowed_tools", choice)
-        _require(isinstance(allowed, Mapping), "tool_choice.allowed_tools", "an object", allowed)
-        mode = allowed.get("mode", "auto")
-        _require(
-            mode in ("auto", "required"),
-            "tool_choice.allowed_tools.mode",
-            '"auto" or "required"',
-            mode,
-        )
-        listed = allowed.get("tools")
-        _require(
-            isinstance(listed, list | tuple) and listed,
-            "tool_choice.allowed_tools.tools",
-            "a list",
-            listed,
-        )
-        names = [
-            _chosen_name(entry, functions, "tool_choice.allowed_tools.tools")
-            for entry in listed or ()
-        ]
-        kept = tuple(function for function in functions if function["name"] in names)
-        return _Choice(is_required=mode == "required", functions=kept)
-    name = _chosen_name(choice, functions, "tool_choice")
-    kept = tuple(function for function in functions if function["name"] == name)
-    return _Choice(is_required=True, functions=kept, is_single=True)
-
-
-def _chosen_name(entry: object, functions: tuple[dict[str, Any], ...], where: str) -> str:
-    _require(isinstance(entry, Mapping) and entry.get("type") == "function", where, _CHOICES, entry)
-    assert isinstance(entry, Mapping)
-    function = entry.get("function", entry)
-    name = function.get("name") if isinstance(function, Mapping) else None
-    known = [function["name"] for function in functions]
-    _require(name in known, f"{where}.function.name", f"one of the tools {known}", name)
-    return str(name)
-
-
 def plan_response_format(response_format: Mapping[str, Any] | None) -> GrammarSpec | None:
     """The grammar that response_format asks for; None for free text.
 
@@ -289,9 +160,9 @@ def plan_response_format(response_format: Mapping[str, Any] | None) -> GrammarSp
     """
     if response_format is None:
         return None
-    _require(isinstance(response_format, Mapping), "response_format", "an object", response_format)
+    require(isinstance(response_format, Mapping), "response_format", "an object", response_format)
     kind = response_format.get("type")
-    _require(
+    require(
         kind in ("text", "json_object", "json_schema"),
         "response_format.type",
         '"text", "json_object" or "json_schema"',
@@ -303,18 +174,18 @@ def plan_response_format(response_format: Mapping[str, Any] | None) -> GrammarSp
         return GrammarSpec(kind="json_object")
     where = "response_format.json_schema"
     wrapper = response_format.get("json_schema")
-    _require(isinstance(wrapper, Mapping), where, 'an object {"name": …, "schema": {…}}', wrapper)
+    require(isinstance(wrapper, Mapping), where, 'an object {"name": …, "schema": {…}}', wrapper)
     assert isinstance(wrapper, Mapping)
     name, strict = wrapper.get("name"), wrapper.get("strict")
-    _require(
-        isinstance(name, str) and _NAME.fullmatch(name),
+    require(
+        isinstance(name, str) and NAME.fullmatch(name),
         f"{where}.name",
         "1 to 64 letters, digits, underscores or hyphens",
         name,
     )
-    _require(strict is None or isinstance(strict, bool), f"{where}.strict", "true or false", strict)
+    require(strict is None or isinstance(strict, bool), f"{where}.strict", "true or false", strict)
     schema = wrapper.get("schema", {"type": "object"})
-    _require(isinstance(schema, Mapping), f"{where}.schema", "a JSON schema object", schema)
+    require(isinstance(schema, Mapping), f"{where}.schema", "a JSON schema object", schema)
     return GrammarSpec(kind="json_schema", source=_schema_text(schema, is_strict=strict is True))
 
 
@@ -326,7 +197,7 @@ def _schema_text(schema: Mapping[str, Any], *, is_strict: bool, **options: objec
     return json.dumps(own | {"x-guidance": options} if options else own)
 
 
-def _call_grammar(choice: _Choice, *, is_parallel: bool, answer: GrammarSpec | None) -> GrammarSpec:
+def _call_grammar(choice: Choice, *, is_parallel: bool, answer: GrammarSpec | None) -> GrammarSpec:
     """Lark grammar of llguidance: calls only, calls or an answer of the given format, or text with
     calls."""
     calls = f'call ("\\n" call){{0,{MAX_PARALLEL_CALLS - 1}}}' if is_parallel else "call"

@@ -17,6 +17,7 @@ from ui.client import ApiError, Client, Piece, Sampling
 DRAW_INTERVAL_S = 0.05
 WAIT_INTERVAL_S = 1.0
 """While nothing arrives: also the pace at which a closed page is noticed."""
+MEASURABLE_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +69,15 @@ class Answer:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Speed after the first token, so that queueing does not count; None below two tokens."""
-        if self.first_at is None or self.last_at is None or self.last_at <= self.first_at:
+        """Speed after the first token, so that queueing does not count; None before it.
+
+        Of an answer too short to measure so (pieces may hold several tokens), over all its time.
+        """
+        if self.first_at is None or self.last_at is None:
             return None
-        return (self.token_count - 1) / (self.last_at - self.first_at)
+        if self.last_at - self.first_at >= MEASURABLE_S:
+            return (self.token_count - 1) / (self.last_at - self.first_at)
+        return self.token_count / max(self.last_at - self.started_at, 1e-3)
 
 
 async def answer_together(

@@ -16,11 +16,17 @@ import gradio as gr
 from fastapi import FastAPI
 
 from ui.client import Client
-from ui.handlers import Models, Settings, Talk, View
+from ui.handlers import Settings, Talk, View
+from ui.models import Models
 from ui.mount import mount_blocks
 
 ASSETS = Path(__file__).parent / "assets"
 NOT_READY_INTERVAL_S = 2.0
+LOST = (
+    "The connection to the server broke. Once it is back, press Stop and then Regenerate: "
+    "the conversation is still here."
+)
+"""Shown by page.js, for then no event reaches this process."""
 MAX_SESSIONS = 500
 """Page loads that Gradio keeps settings for; the page needs none of them, so the oldest may go."""
 
@@ -63,16 +69,17 @@ def build_page(base_url: str, api_key: str | None = None, *, verify: bool = True
         verify: check the certificate of an https address.
     """
     client = Client(base_url, verify=verify)
-    page = gr.Blocks(title="Herd", analytics_enabled=False)
+    page = gr.Blocks(title="Herd", analytics_enabled=False, fill_width=True)
     page.state_session_capacity = MAX_SESSIONS
     with page:
         with gr.Row(elem_id="herd-header"):
             gr.HTML('<h1><img src="favicon.ico" alt="">Herd</h1>', padding=False)
             reload = gr.Button("↻ Adapters", size="sm", scale=0, min_width=110)
         notice = gr.HTML(elem_id="herd-notice", padding=False)
+        gr.HTML(f'<span class="herd-error">{LOST}</span>', elem_id="herd-lost", padding=False)
         with gr.Row(visible=False, elem_id="herd-key") as key_row:
             key = gr.Textbox(label="API key", type="password", info="It stays in this browser tab.")
-            use_key = gr.Button("Use this key", scale=0)
+            use_key = gr.Button("Use this key", size="sm", scale=0, min_width=120)
         with gr.Row():
             with gr.Column(scale=3, min_width=300), gr.Tabs():
                 with gr.Tab("Chat"):
@@ -141,7 +148,7 @@ def _settings() -> Settings:
 def _view(*titles: str, autofocus: bool = False) -> View:
     """One tab: a picker and a conversation per title, and one box to ask them all."""
     pickers, chatbots = [], []
-    with gr.Row(elem_classes="herd-columns"):
+    with gr.Row(elem_classes=["herd-columns", f"herd-{len(titles)}-columns"]):
         for title in titles:
             with gr.Column(min_width=260):
                 pickers.append(gr.Dropdown([], label=title, filterable=False))

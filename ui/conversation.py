@@ -43,6 +43,8 @@ def byline(answer: Answer) -> str:
         notes.append("…")
     elif answer.is_stopped:
         notes.append("stopped")
+    elif answer.error is None and not answer.text:
+        notes.append("empty answer")
     elif answer.error is None and answer.finish_reason is not None:
         notes.append(FINISH_NOTES.get(answer.finish_reason, answer.finish_reason))
     line = _byline_html(answer.model, notes)

@@ -1,4 +1,4 @@
-"""What happens on the page's events: ask, ask again, edit, undo, stop, clear, list the models.
+"""What happens on the events of a conversation: ask, ask again, edit, undo, stop, clear.
 
 Handlers take the raw values of all inputs by component and give back what changes, by component.
 """
@@ -18,18 +18,11 @@ from gradio.components import Component
 
 from ui import conversation as talk
 from ui.answer import Answer, Question, answer_together
-from ui.client import ApiError, Client, ModelCard, Sampling
+from ui.client import Client, Sampling
 from ui.conversation import History
 
 Values = dict[Component, Any]
 Updates = dict[Any, Any]
-
-WANTS_KEY = "This server asks for an API key."
-WAITING = '<span class="herd-waiting">{} This page goes on as soon as the server is ready.</span>'
-TOY = (
-    "<b>This is the demo model, a toy</b> that learnt from a small corpus, so that everything can "
-    "be tried without a download. It is often wrong."
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,53 +66,6 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Models:
-    """Which names can be asked, for the pickers of all tabs."""
-
-    client: Client
-    api_key: str | None
-    pickers: Sequence[gr.Dropdown]
-    notice: gr.HTML
-    key_row: gr.Row
-    max_tokens: gr.Slider
-    timer: gr.Timer
-
-    async def refresh(self, values: Values, request: gr.Request) -> Updates:
-        """Ask the API for its models and its health; keep what was picked where it still exists."""
-        # Adapters are loaded after the engine is ready: a page that waited looks once more.
-        has_waited = "herd-waiting" in (values[self.notice] or "")
-        key = api_key_of(request, self.api_key)
-        try:
-            reason = await self.client.why_not_ready()
-            cards = await self.client.models(key)
-        except ApiError as error:
-            text = WANTS_KEY if error.wants_key and not key else escape(str(error))
-            return {
-                self.notice: text if error.wants_key else WAITING.format(text),
-                self.key_row: gr.update(visible=error.wants_key),
-                self.timer: gr.update(active=not error.wants_key),
-            }
-        choices = [(card.title, card.name) for card in cards]
-        names = [name for _, name in choices]
-        defaults = first_picks(cards, len(self.pickers))
-        updates: Updates = {
-            picker: gr.update(
-                choices=choices,
-                value=values[picker] if values[picker] in names and not has_waited else default,
-            )
-            for picker, default in zip(self.pickers, defaults, strict=True)
-        }
-        if max_model_len := max((card.max_model_len or 0 for card in cards), default=0):
-            updates[self.max_tokens] = gr.update(maximum=max_model_len)
-        is_demo = any(is_demo_name(card.name) for card in cards if card.parent is None)
-        waiting = WAITING.format(escape(reason)) if reason else None
-        updates[self.notice] = waiting or (TOY if is_demo else "")
-        updates[self.key_row] = gr.update(visible=False)
-        updates[self.timer] = gr.update(active=bool(waiting) or has_waited)
-        return updates
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Talk:
     """The events of one tab."""
 
@@ -138,7 +84,7 @@ class Talk:
         if text.strip():
             asked = [[*history, talk.user_message(text)] for history in self._histories(values)]
             histories = dict(enumerate(asked))
-        async for updates in self._answer(histories, values, request, box=""):
+        async for updates in self._answer(histories, values, request, value=""):
             yield updates
 
     async def ask_again(self, values: Values, request: gr.Request) -> AsyncIterator[Updates]:
@@ -187,7 +133,10 @@ class Talk:
     async def _answer(
         self, histories: dict[int, History], values: Values, request: gr.Request, **box: Any
     ) -> AsyncIterator[Updates]:
-        """Stream an answer into each of these columns, whose conversations end in a question."""
+        """Stream an answer into each of these columns, whose conversations end in a question.
+
+        `box` is what else changes about the message box when it starts.
+        """
         histories = {column: history for column, history in histories.items() if history}
         models = {column: values[self.view.pickers[column]] for column in histories}
         try:
@@ -219,7 +168,7 @@ class Talk:
                 for i, answer in columns.items()
             }
 
-        yield {**drawn(), **self._busy(**({"value": box["box"]} if box else {}))}
+        yield {**drawn(), **self._busy(**box)}
         session, stop = request.session_hash or "", asyncio.Event()
         self.running[session] = stop
         try:
@@ -267,17 +216,3 @@ def api_key_of(request: gr.Request, default: str | None) -> str | None:
     """The key that the visitor's browser sent with this event, else the page's own."""
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     return key if scheme.lower() == "bearer" and key else default
-
-
-def first_picks(cards: Sequence[ModelCard], count: int) -> list[str | None]:
-    """What the pickers show at first: adapters, for the base may only continue text."""
-    names = [card.name for card in cards if card.parent] + [
-        card.name for card in cards if not card.parent
-    ]
-    # The first two pickers (chat, left) agree, the third (right) shows another model.
-    return [names[max(0, i - 1) % len(names)] if names else None for i in range(count)]
-
-
-def is_demo_name(name: str) -> bool:
-    """Whether the base model is the embedded demo."""
-    return "demo" in re.split(r"[^a-z]+", name.lower())

@@ -1,4 +1,4 @@
-"""Put a Gradio page into the API's FastAPI app at "/", with no more of Gradio than the page uses.
+"""Put a Gradio page into the API's FastAPI app at "/", with no more of Gradio than it uses.
 
 Gradio's own mount answers every path that the API does not know, so that a mistyped API route would
 get Gradio's reply instead of the API's error; and it brings uploads, file serving and a proxy that
@@ -8,12 +8,15 @@ Content-Security-Policy keeps the browser from calling any other host, whatever 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,16 +26,13 @@ READ_PATHS = (
     "/theme.css",
     "/favicon.ico",
     "/manifest.json",
-    "/pwa_icon",
     "/assets/{file:path}",
     "/static/{file:path}",
-    "/gradio_api/info",
     "/gradio_api/app_id",
-    "/gradio_api/startup-events",
     "/gradio_api/queue/data",
     "/gradio_api/heartbeat/{session}",
 )
-WRITE_PATHS = ("/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset")
+WRITE_PATHS = ("/gradio_api/queue/join", "/gradio_api/cancel")
 
 CONTENT_SECURITY_POLICY = "; ".join(
     (
@@ -84,7 +84,7 @@ def mount_blocks(app: FastAPI, blocks: gr.Blocks, *, favicon: Path, **look: Any)
 
 
 class _Guarded:
-    """An ASGI app with the security headers on its replies."""
+    """An ASGI app that gets no file references and whose replies carry the security headers."""
 
     def __init__(self, inner: ASGIApp) -> None:
         self._inner = inner
@@ -98,4 +98,25 @@ class _Guarded:
                 headers["x-content-type-options"] = "nosniff"
             await send(message)
 
-        await self._inner(scope, receive, send_guarded)
+        if scope["method"] != "POST":
+            await self._inner(scope, receive, send_guarded)
+            return
+        body = await Request(scope, receive).body()
+        try:
+            json.loads(body, object_hook=_refuse_files)
+        except (ValueError, RecursionError) as error:
+            await PlainTextResponse(f"Refused: {error}", 400)(scope, receive, send_guarded)
+            return
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive_again() -> Message:
+            return unread.pop() if unread else await receive()
+
+        await self._inner(scope, receive_again, send_guarded)
+
+
+def _refuse_files(value: dict[str, Any]) -> dict[str, Any]:
+    """Gradio copies or downloads whatever file a visitor's data names; this page has no files."""
+    if "_type" in value:
+        raise ValueError(f"this page takes no {value['_type']}")
+    return value

@@ -6,17 +6,40 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
+from pydantic import Field
 from starlette.responses import PlainTextResponse, Response
 
 from adapters.registry import AdapterRecord
 from server.auth import require_admin
 from server.errors import json_response
 from server.limits import body_of
-from server.schemas import LoadAdapterRequest, RollbackRequest, UnloadAdapterRequest
+from server.message_schemas import Body, Text
 from server.state import ServerState, state_of
 
 router = APIRouter()
 ADMIN = [Depends(require_admin)]
+AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:\-]{0,127}$")]
+
+
+class LoadAdapterRequest(Body):
+    lora_name: AdapterName
+    lora_path: Annotated[Text, Field(min_length=1)] | None = None
+    load_inplace: bool | None = None
+    pinned: bool | None = None
+    expected_generation: Annotated[int, Field(ge=0)] | None = None
+    """Load only if this generation is current; 0: only if there is no adapter of that name."""
+
+
+class UnloadAdapterRequest(Body):
+    lora_name: str
+    lora_int_id: Any = None
+    """vLLM's clients may send it; names are enough here."""
+
+
+class RollbackRequest(Body):
+    generation: Annotated[int, Field(ge=1)] | None = None
+
+
 LoadBody = Annotated[LoadAdapterRequest, Depends(body_of(LoadAdapterRequest))]
 UnloadBody = Annotated[UnloadAdapterRequest, Depends(body_of(UnloadAdapterRequest))]
 

@@ -31,7 +31,7 @@ Body = Annotated[ChatCompletionRequest, Depends(body_of(ChatCompletionRequest))]
 async def chat_completions(request: Request, body: Body) -> Response:
     """Answer a conversation."""
     state = state_of(request)
-    lease = state.lease(body.model, body.best_of or body.n or 1)
+    lease = state.lease(body.model, body.best_of or body.n or 1, body.lora_scale)
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
     try:
         chat = await asyncio.to_thread(chat_job, body, state, lease, request_id)

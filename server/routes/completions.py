@@ -32,7 +32,7 @@ async def completions(request: Request, body: Body) -> Response:
     """Continue one or more prompts."""
     state = state_of(request)
     num_choices = body.best_of or body.n or 1
-    lease = state.lease(body.model, len(body.prompts()) * num_choices)
+    lease = state.lease(body.model, len(body.prompts()) * num_choices, body.lora_scale)
     request_id = f"cmpl-{uuid.uuid4().hex}"
     try:
         job, texts = await asyncio.to_thread(completion_job, body, state, lease, request_id)

@@ -6,22 +6,44 @@ import asyncio
 import time
 import uuid
 from contextlib import aclosing
-from typing import Annotated
+from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Depends, Request
+from pydantic import model_validator
 from starlette.responses import Response
 
 from engine.api import GenerateRequest, SamplingParams
 from server.errors import ApiError, bad_request, from_engine, json_response
 from server.generation import closable
 from server.limits import body_of
+from server.message_schemas import Body as RequestBody
+from server.message_schemas import Message, Priority, Scale, Text
 from server.prompts import chat_tokens, template_for, template_messages
 from server.sampling import check_prompt
-from server.schemas import Message, ScoreRequest
 from server.state import Lease, ServerState, state_of
 from server.streaming import until_gone
 
 router = APIRouter()
+
+
+class ScoreRequest(RequestBody):
+    model: str
+    input: Text | list[Text] | list[Message] | None = None
+    messages: list[Message] | None = None
+    lora_scale: Scale | None = None
+    priority: Priority | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    user: Text | None = None
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Self:
+        if (self.input is None) == (self.messages is None):
+            raise ValueError("input: expected either input or messages")
+        if self.input == [] or self.messages == []:
+            raise ValueError("input: expected at least one text or message, got an empty list")
+        return self
+
+
 Body = Annotated[ScoreRequest, Depends(body_of(ScoreRequest))]
 
 

@@ -3,19 +3,47 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Depends, Request
+from pydantic import Field, model_validator
 from starlette.responses import Response
 
 from server.errors import bad_request, json_response
 from server.limits import body_of
+from server.message_schemas import Body, Message, Text, TokenId, Tool
 from server.prompts import chat_tokens, template_for, template_messages
-from server.schemas import DetokenizeRequest, TokenizeRequest
 from server.state import ServerState, state_of
 from server.tools import plan_tools
 
 router = APIRouter()
+
+
+class TokenizeRequest(Body):
+    """vLLM's: a text, or messages through the chat template."""
+
+    model: str | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt: expected either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Body):
+    model: str | None = None
+    tokens: list[TokenId]
+
+
 TokenizeBody = Annotated[TokenizeRequest, Depends(body_of(TokenizeRequest))]
 DetokenizeBody = Annotated[DetokenizeRequest, Depends(body_of(DetokenizeRequest))]
 

@@ -16,7 +16,7 @@ from engine.api import AdapterRef
 from engine.config import LoraConfig, ModelConfig
 from engine.lora_pool import LoraPool
 from engine.weights import load_model
-from tests.adapters.tiny_bases import BASES, Base, random_llama, randomise
+from tests.adapters.tiny_bases import BASES, Base, random_model, randomise
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def base_of(tmp_path_factory) -> Callable[[str], Base]:
     def get(kind: str) -> Base:
         if kind not in made:
             folder = tmp_path_factory.mktemp(f"base-{kind}")
-            oracle = random_llama(BASES[kind])
+            oracle = random_model(BASES[kind])
             oracle.save_pretrained(folder)
             loaded = load_model(ModelConfig(quantization="none"), folder, "cpu")
             made[kind] = Base(oracle, loaded.model, folder)

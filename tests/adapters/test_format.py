@@ -1,4 +1,4 @@
-"""Broken, foreign and unsupported adapters are refused by name; the header is reported; what we write peft loads."""
+"""Broken, foreign and unsupported adapters are refused by name; what we write peft loads."""
 
 import json
 import struct
@@ -8,18 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.format import (
-    CHAT_TEMPLATE_FILE,
-    TOKENIZER_CONFIG_FILE,
-    WEIGHTS_FILE,
-    inspect_adapter,
-    read_adapter,
-)
-from adapters.peft_config import CONFIG_FILE
+from adapters.folder import CHAT_TEMPLATE_FILE, CONFIG_FILE, TOKENIZER_CONFIG_FILE, WEIGHTS_FILE
+from adapters.format import inspect_adapter, read_adapter
 from adapters.writer import write_adapter
 from engine.errors import AdapterError
 from engine.lora import LoraModule, LoraWeights
-from tests.adapters.tiny_bases import oracle_logits, random_llama, ref_to, run, wait_until_placed
+from tests.adapters.tiny_bases import oracle_logits, random_model, ref_to, run, wait_until_placed
 
 LAYER = "base_model.model.model.layers.0.self_attn"
 
@@ -87,7 +81,7 @@ def test_the_adapters_own_chat_template_is_found(folder, base):
 
 def test_a_broken_tokenizer_config_is_an_adapter_error(folder, base):
     (folder / TOKENIZER_CONFIG_FILE).write_text("[" * 100_000)
-    assert "tokenizer_config.json: cannot be read" in refusal(folder, base)
+    assert "tokenizer_config.json: not valid JSON" in refusal(folder, base)
 
 
 # Files.
@@ -173,6 +167,10 @@ def test_a_config_that_is_none_is_refused(folder, base, text, expected):
         ("rank_pattern", [1]),
         ("rank_pattern", {"q_proj": 0}),
         ("alpha_pattern", {"q_proj": "x"}),
+        ("alpha_pattern", {"q_proj": 10**400}),
+        ("lora_alpha", float("nan")),
+        ("use_dora", "no"),
+        ("use_rslora", 1),
         ("target_modules", [1]),
         ("target_modules", "(q_proj"),
         ("exclude_modules", "["),
@@ -189,7 +187,7 @@ def test_an_option_that_cannot_be_honoured_is_refused_by_name(folder, base, opti
 def test_every_option_of_the_installed_peft_is_known():
     from dataclasses import fields
 
-    from adapters.peft_config import HONOURED, REFUSED, TRAINING_ONLY
+    from adapters.peft_options import HONOURED, REFUSED, TRAINING_ONLY
 
     known = HONOURED | TRAINING_ONLY | REFUSED.keys()
     assert {field.name for field in fields(peft.LoraConfig)} <= known
@@ -467,7 +465,7 @@ def test_peft_loads_what_we_write_and_gives_our_logits(base, tmp_path, make_pool
     options = dict(options)
     weights = random_weights(base, dora=options.pop("dora", False))
     write_adapter(tmp_path / "a", weights, base_model="tiny", **options)
-    oracle = peft.PeftModel.from_pretrained(random_llama({}), tmp_path / "a").eval()
+    oracle = peft.PeftModel.from_pretrained(random_model({}), tmp_path / "a").eval()
     pool = make_pool(base)
     row = wait_until_placed(pool, ref_to(tmp_path / "a"))
     torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""Several adapters in one batch: each as if alone, to the bit; scales; score heads; stored copies."""
+"""Several adapters in one batch, each as if alone, to the bit; scales, scores, stored copies."""
 
 import json
 
@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.format import WEIGHTS_FILE, inspect_adapter, read_adapter
+from adapters.folder import WEIGHTS_FILE
+from adapters.format import inspect_adapter, read_adapter
 from engine.errors import AdapterError
 from tests.adapters.tiny_bases import (
     BASES,
     oracle_logits,
-    random_llama,
+    random_model,
     ref_to,
     run,
     wait_until_placed,
@@ -101,7 +102,7 @@ def test_select_keeps_the_adapters_of_the_chosen_tokens(base, mixed):
 
 
 def test_score_head_gives_transformers_reward(base, peft_adapter, make_pool):
-    classifier = random_llama({}, "LlamaForSequenceClassification")
+    classifier = random_model({}, "SequenceClassification")
     classifier.model.load_state_dict(base.oracle.model.state_dict())
     folder, oracle = peft_adapter(classifier, task_type="SEQ_CLS", target_modules="all-linear")
     assert inspect_adapter(folder, base.model.spec).has_score_head
@@ -147,7 +148,7 @@ def test_a_stored_copy_that_differs_replaces_the_base_as_in_peft(
     tensors = load_file(folder / WEIGHTS_FILE)
     tensors["base_model.model.model.embed_tokens.base_layer.weight"] *= 1.5
     save_file(tensors, folder / WEIGHTS_FILE)
-    oracle = peft.PeftModel.from_pretrained(random_llama(BASES[kind]), folder).eval()
+    oracle = peft.PeftModel.from_pretrained(random_model(BASES[kind]), folder).eval()
     pool = make_pool(base)
     row = wait_until_placed(pool, ref_to(folder))
     torch.testing.assert_close(

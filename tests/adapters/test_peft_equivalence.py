@@ -86,6 +86,9 @@ KINDS = {
     ),
     "dora on tied head": ("tied", {"target_modules": ["lm_head", "v_proj"], "use_dora": True}),
     "orthogonal": ("plain", {"init_lora_weights": "orthogonal"}),
+    "mistral": ("mistral", {"target_modules": "all-linear", "modules_to_save": ["lm_head"]}),
+    "qwen2": ("qwen2", {"target_modules": LINEAR, "use_dora": True, "bias": "lora_only"}),
+    "qwen3": ("qwen3", {"target_modules": [*LINEAR, "lm_head"], "lora_bias": True}),
 }
 
 

@@ -1,6 +1,7 @@
-"""A base that transformers and bitsandbytes quantised, adapters that peft put on it: their logits here.
+"""A base that transformers and bitsandbytes quantised, with peft's adapters: their logits here.
 
-The oracle runs bitsandbytes' own layers, in train mode: in eval mode some CPUs repack the weights in place.
+The oracle runs bitsandbytes' own layers, in train mode: in eval mode some CPUs repack the weights
+in place.
 """
 
 import copy

@@ -1,13 +1,17 @@
-"""Names, uids, generations: what is current, what is held, what is freed, what survives the user's folder."""
+"""Names, uids, generations: what is current, held and freed, and what survives its folder."""
 
+import os
+import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.format import WEIGHTS_FILE, read_adapter
+from adapters.folder import WEIGHTS_FILE
+from adapters.format import read_adapter
 from adapters.registry import Registry
 from engine.errors import AdapterError, AdapterNotFound
 
@@ -95,7 +99,7 @@ def test_a_broken_adapter_leaves_nothing_behind(registry, folder, tmp_path):
     copies = next(path for path in tmp_path.iterdir() if path.name.startswith("herd-adapters-"))
     with pytest.raises(AdapterError, match=r"^a \(.*\): this adapter cannot be served"):
         registry.publish("a", folder)
-    assert list(copies.iterdir()) == []
+    assert [path.name for path in copies.iterdir()] == ["lock"]
     assert registry.names() == ()
 
 
@@ -181,7 +185,7 @@ def test_a_load_that_ends_after_its_name_was_given_away_is_refused(registry, fol
     prepared = registry.prepare("a", folder)
     registry.remove("a")
     registry.publish("a", folder)
-    with pytest.raises(AdapterError, match="was loaded anew while this one"):
+    with pytest.raises(AdapterError, match="was removed and loaded anew"):
         registry.commit(prepared)
 
 
@@ -203,3 +207,64 @@ def test_closing_removes_the_copies(base, folder, tmp_path):
     path = Path(registry.publish("a", folder).ref.path)
     registry.close()
     assert not path.parent.exists()
+
+
+def test_what_a_killed_server_left_behind_is_removed(base, folder, tmp_path):
+    long_ago = time.time() - 3600
+    left = tmp_path / "herd-adapters-left"
+    left.mkdir()
+    (left / "lock").touch()
+    os.utime(left / "lock", (long_ago, long_ago))
+    young = tmp_path / "herd-adapters-young"
+    young.mkdir()
+    (young / "lock").touch()
+    running = Registry(base.model.spec, folder=tmp_path)
+    kept = Path(running.publish("a", folder).ref.path)
+    os.utime(kept.parent / "lock", (long_ago, long_ago))
+    Registry(base.model.spec, folder=tmp_path).close()
+    assert not left.exists()
+    assert young.exists()
+    assert kept.exists()  # its server holds it
+    running.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_held_is_never_freed_and_the_rest_is_freed_once(registry, folder, freed, seed):
+    choose = random.Random(seed)
+    held, prepared, made = [], [], []
+    calls = ["publish", "prepare", "commit", "discard", "rollback", "remove"] + ["acquire"] * 4
+    for _ in range(120):
+        name, call = choose.choice("ab"), choose.choice(calls)
+        is_known = name in registry.names()
+        if call == "publish":
+            made.append(registry.publish(name, folder).ref)
+        elif call == "prepare":
+            prepared.append(registry.prepare(name, folder))
+            made.append(prepared[-1].ref)
+        elif call == "commit" and prepared:
+            generation = prepared.pop()
+            try:
+                registry.commit(generation)
+            except AdapterError:  # its name was loaded anew
+                registry.discard(generation)
+        elif call == "discard" and prepared:
+            registry.discard(prepared.pop(0))
+        elif call == "rollback" and is_known:
+            registry.rollback(name, choose.choice(registry.resolve(name).generations))
+        elif call == "remove" and is_known:
+            registry.remove(name)
+        elif call == "acquire" and is_known:
+            held.append(registry.acquire(name))
+        if held and choose.random() < 0.5:
+            registry.release(held.pop(choose.randrange(len(held))))
+        kept = {*held, *(one.ref for one in prepared), *(one.ref for one in registry.records())}
+        assert not kept & set(freed)
+        assert all(Path(ref.path).exists() for ref in kept)
+    for name in registry.names():
+        registry.remove(name)
+    while held:
+        registry.release(held.pop())
+    while prepared:
+        registry.discard(prepared.pop())
+    assert sorted(made, key=str) == sorted(freed, key=str)
+    assert not any(Path(ref.path).exists() for ref in made)

@@ -1,6 +1,7 @@
-"""From names to folders: local first, then aliases, then the hub; and no path leads out of the allowed folders."""
+"""From names to folders: local, aliases, the hub; and no path leads out of the allowed folders."""
 
 import os
+from pathlib import Path
 
 import httpx
 import huggingface_hub
@@ -8,8 +9,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from adapters.confine import confine, copy_adapter, startup_roots
-from adapters.format import WEIGHTS_FILE
-from adapters.peft_config import CONFIG_FILE
+from adapters.folder import CONFIG_FILE, WEIGHTS_FILE
 from adapters.registry import Registry
 from adapters.resolve import DEMO, parse_adapter, resolve_adapter, resolve_base
 from engine.errors import AdapterError, CheckpointError
@@ -37,9 +37,10 @@ def hub(monkeypatch, tmp_path):
             self.asked = []
             self.has = {}
 
-        def __call__(self, repository, allow_patterns):
+        def __call__(self, repository, allow_patterns, ignore_patterns):
             self.asked.append(repository)
             self.patterns = allow_patterns
+            assert "*/*" in ignore_patterns
             answer = self.has.get(
                 repository, LocalEntryNotFoundError("offline and not in the cache")
             )
@@ -158,6 +159,7 @@ def test_adapters_are_found_locally_in_their_folders_or_in_the_demo(hub, tmp_pat
         ("llama-7b", "timdettmers/guanaco-7b"),
         ("huggyllama/llama-30b", "timdettmers/guanaco-33b"),
         ("/models/LLaMA-65B-nf4", "timdettmers/guanaco-65b"),
+        ("llama13b", "timdettmers/guanaco-13b"),
     ],
 )
 def test_guanaco_follows_the_size_of_the_base(hub, tmp_path, base, repository):
@@ -166,9 +168,12 @@ def test_guanaco_follows_the_size_of_the_base(hub, tmp_path, base, repository):
     assert hub.asked == [repository]
 
 
-@pytest.mark.parametrize("base", ["mistral", "llama-3.7b", "qwen-1.7b", "llama-70b"])
-def test_guanaco_of_an_unknown_size_is_refused_with_the_reason(hub, base):
-    with pytest.raises(AdapterError, match="does not say whether it is 7b, 13b, 33b or 65b"):
+@pytest.mark.parametrize(
+    "base",
+    ["mistral-7b", "llama-3.7b", "qwen-1.7b", "llama-70b", "Llama-2-7b-hf", "llama2_13b", "/m/x"],
+)
+def test_guanaco_is_refused_where_the_base_is_not_a_first_llama(hub, base):
+    with pytest.raises(AdapterError, match="does not say that it is one of them"):
         resolve_adapter("guanaco", base, [])
     assert hub.asked == []
 
@@ -201,6 +206,14 @@ def test_paths_inside_are_found_absolute_or_relative(root, tmp_path):
     assert confine("other", roots) == tmp_path / "second" / "other"
     assert confine("nested/../good", roots) == root / "good"
     assert confine(root, roots) == root
+
+
+def test_a_path_relative_to_the_working_folder_is_confined_too(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert confine("root/good", [root]) == root / "good"
+    assert confine("./good", [Path("root")]) == root / "good"
+    with pytest.raises(AdapterError, match="no such folder in"):  # it would be root/outside/secret
+        confine("outside/secret", [root])
 
 
 def test_paths_that_lead_out_are_refused_alike_whether_they_exist_or_not(root, tmp_path):
@@ -272,7 +285,8 @@ def test_a_start_up_path_opens_itself_and_where_its_links_lead(tmp_path):
     (folder / WEIGHTS_FILE).rename(blobs / "abc")
     (folder / WEIGHTS_FILE).symlink_to(blobs / "abc")
     roots = startup_roots(folder)
-    assert set(roots) == {folder, blobs}
+    assert roots == (folder, blobs / "abc")
+    assert startup_roots(adapter_folder(tmp_path / "plain")) == (tmp_path / "plain",)
     copy = tmp_path / "copy"
     copy.mkdir()
     copy_adapter(confine(folder, roots), copy, roots)

@@ -31,6 +31,9 @@ BASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "biased": {"attention_bias": True, "mlp_bias": True},
     "tied": {"tie_word_embeddings": True},
+    "mistral": {"family": "Mistral", "sliding_window": 6, "head_dim": 16},
+    "qwen2": {"family": "Qwen2", "tie_word_embeddings": True},
+    "qwen3": {"family": "Qwen3", "head_dim": 16, "attention_bias": True},
 }
 PROMPTS = [
     [3, 17, 4, 59, 8],
@@ -49,11 +52,14 @@ class Base:
     folder: Path | None
 
 
-def random_llama(options: dict[str, Any], architecture: str = "LlamaForCausalLM") -> Any:
-    config = transformers.LlamaConfig(**{**SIZES, **options, "num_labels": 1})
+def random_model(options: dict[str, Any], task: str = "CausalLM") -> Any:
+    """A transformers model with random weights; options are those in BASES."""
+    options = dict(options)
+    family = options.pop("family", "Llama")
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **options, "num_labels": 1})
     config._attn_implementation = "eager"
     torch.manual_seed(7)
-    model = getattr(transformers, architecture)(config)
+    model = getattr(transformers, f"{family}For{task}")(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.15)
     return model.eval()

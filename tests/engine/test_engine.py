@@ -215,7 +215,7 @@ def test_a_request_in_the_middle_of_its_prompt_can_be_cancelled():
     assert fake.final("a").finish_reason == "cancelled" and fake.text("a") == []
 
 
-def test_a_waiting_request_a_preempted_one_and_one_whose_grammar_compiles_can_be_cancelled():
+def test_a_waiting_request_and_one_whose_grammar_compiles_can_be_cancelled():
     fake = FakeEngine(max_num_seqs=1)
     fake.add("running", PROMPT, max_tokens=5)
     fake.add("waiting", PROMPT)
@@ -228,6 +228,25 @@ def test_a_waiting_request_a_preempted_one_and_one_whose_grammar_compiles_can_be
     for request_id in ("waiting", "compiling"):
         assert fake.final(request_id).finish_reason == "cancelled"
     assert fake.final("running").finish_reason == "length"
+
+
+def test_a_preempted_request_and_one_whose_adapter_loads_can_be_cancelled():
+    fake = FakeEngine(num_blocks=6, max_num_seqs=2, load_steps=1000)
+    fake.add("loading", PROMPT, adapter=adapter(1))
+    fake.add("kept", PROMPT, max_tokens=10)
+    fake.add("preempted", PROMPT, max_tokens=10)
+    while fake.stats is None or fake.stats.num_preemptions == 0:
+        fake.step()
+    num_tokens = len(fake.text("preempted"))
+    for request_id in ("preempted", "loading"):
+        fake.engine.cancel(request_id)
+    fake.step()
+    assert fake.final("loading").finish_reason == "cancelled"
+    assert fake.final("preempted").finish_reason == "cancelled"
+    assert len(fake.text("preempted")) == num_tokens
+    fake.pool.load_steps, fake.pool.loading = 0, {}
+    fake.run()
+    assert fake.text("kept") == expected_text(PROMPT, 10)
 
 
 def test_unknown_and_ended_requests_are_cancelled_in_silence():
@@ -381,6 +400,49 @@ def test_a_lost_device_is_not_survived():
     fake.add("a", PROMPT)
     with pytest.raises(torch.AcceleratorError):
         fake.step()
+
+
+class Panic(BaseException):
+    """What a native library's panic looks like from Python."""
+
+
+class PanickingMatcher(CountingMatcher):
+    def fill_mask(self, row: torch.Tensor) -> None:
+        del row
+        raise Panic("assertion failed")
+
+
+def test_a_panic_in_a_native_library_ends_the_request_that_met_it_and_no_other():
+    fake = FakeEngine()
+    for request_id in ("compiles not", "follows not"):
+        fake.add(request_id, PROMPT, grammar=REGEX)
+    fake.compiler.futures[0].set_exception(Panic("assertion failed"))
+    fake.compiler.futures[1].set_result(PanickingMatcher())
+    fake.add("good", PROMPT)
+    fake.run()
+    for request_id in ("compiles not", "follows not"):
+        assert "assertion failed" in fake.final(request_id).error.message
+    assert fake.text("good") == expected_text(PROMPT, 8)
+
+
+def test_a_sampler_that_fails_half_way_skips_no_token_of_a_grammar():
+    fake = FakeEngine()
+    fake.add("grammar", PROMPT, grammar=REGEX)
+    fake.compiler.futures[0].set_result(CountingMatcher())
+    fake.add("plain", PROMPT)
+    fake.step()
+    sample = fake.engine._sampler.sample
+
+    def fail_after_accepting(logits, sequences):
+        tokens = sample(logits, sequences)
+        if len(sequences) > 1:
+            raise RuntimeError("half way")
+        return tokens
+
+    fake.engine._sampler.sample = fail_after_accepting
+    fake.run()
+    assert fake.final("grammar").finish_reason == "error"
+    assert fake.text("plain") == expected_text(PROMPT, 8)
 
 
 # Prompt log-probabilities.

@@ -23,6 +23,7 @@ from engine.startup import create_engine
 from tests.engine.tiny_models import save_model
 
 ARCHITECTURES = ("llama", "llama3_tied", "mistral_window", "qwen2", "qwen3")
+AS_SERVED = {"quantization": "nf4", "dtype": "bfloat16"}
 PROMPTS = [
     [int(token) for token in torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(n))]
     for n in (23, 1, 9, 40, 5, 17, 30, 2, 11, 8, 19, 3, 26, 14, 7, 33, 12)
@@ -44,10 +45,14 @@ def make_engine(folder: Path, **flags) -> Engine:
     scheduler = {"max_num_seqs": 20, "max_num_batched_tokens": 256}
     cache: dict[str, object] = {"block_size": 4}
     max_loras = flags.pop("max_loras", 2)
+    model = {"quantization": "none", **flags.pop("model", {})}
     for name, value in flags.items():
         (scheduler if name in scheduler else cache)[name] = value
     config = EngineConfig(
-        model=ModelConfig(base=str(folder), quantization="none", device="cpu"),
+        model=ModelConfig(
+            base=str(folder),
+            **{"device": "cpu", "quantized_cache_dir": f"{folder}-4bit", **model},
+        ),
         cache=CacheConfig(**cache),
         scheduler=SchedulerConfig(**scheduler),
         lora=LoraConfig(max_loras=max_loras),
@@ -138,22 +143,25 @@ def test_decoding_through_the_paged_cache_is_a_full_recomputation(models, name):
 
 
 @pytest.mark.parametrize("make", [request, seeded], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("model", [{}, AS_SERVED], ids=["float32", "nf4-bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_a_request_says_the_same_alone_and_among_sixteen_others(models, name, make):
+def test_a_request_says_the_same_alone_and_among_sixteen_others(models, name, model, make):
     folder, _ = models[name]
-    together = texts(run(make_engine(folder), [make(i) for i in range(17)]))
+    together = texts(run(make_engine(folder, model=model), [make(i) for i in range(17)]))
     for number in (0, 1, 16):
-        assert texts(run(make_engine(folder), [make(number)])) == {
+        assert texts(run(make_engine(folder, model=model), [make(number)])) == {
             f"r{number}": together[f"r{number}"]
         }
 
 
+@pytest.mark.parametrize("model", [{}, AS_SERVED], ids=["float32", "nf4-bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "mistral_window"])
-def test_a_prompt_in_chunks_gives_the_logits_of_the_whole_prompt_to_the_bit(models, name):
+def test_a_prompt_in_chunks_gives_the_logits_of_the_whole_prompt_to_the_bit(models, name, model):
     folder, _ = models[name]
     asked = [request(3, logprobs=5, prompt_logprobs=1)]
-    whole = run(make_engine(folder), asked)["r3"]
-    chunked = run(make_engine(folder, max_num_seqs=1, max_num_batched_tokens=7), asked)["r3"]
+    whole = run(make_engine(folder, model=model), asked)["r3"]
+    budget = {"max_num_seqs": 1, "max_num_batched_tokens": 7}
+    chunked = run(make_engine(folder, model=model, **budget), asked)["r3"]
     assert [d.token_ids for d in whole] == [d.token_ids for d in chunked]
     assert [d.logprobs for d in whole] == [d.logprobs for d in chunked]
     assert whole[0].prompt_logprobs == chunked[0].prompt_logprobs
@@ -262,3 +270,14 @@ def test_a_regular_expression_is_followed_token_by_token(models):
         tokens = [letters[t] for d in deltas for t in d.token_ids if t != 2]
         assert re.fullmatch("[ab]{3}c[0-9]{2,4}", "".join(tokens))
     assert texts(found)["r9"] == texts(run(engine, [request(9)]))["r9"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_says_what_the_cpu_says(models):
+    """float32 on both; also sizes the cache from the device's memory."""
+    folder, _ = models["llama"]
+    asked = [request(number) for number in range(6)]
+    engine = make_engine(folder, model={"device": "cuda"})
+    assert engine._runner.kv_caches[0][0].is_cuda
+    assert texts(run(engine, asked)) == texts(run(make_engine(folder), asked))

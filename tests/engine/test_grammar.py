@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import threading
 import time
 
@@ -23,7 +25,8 @@ from transformers import PreTrainedTokenizerFast
 import engine.grammar
 from engine.api import GenerateRequest, GrammarSpec, SamplingParams
 from engine.errors import CheckpointError, GrammarError
-from engine.grammar import MAX_SCHEMA_DEPTH, GrammarCompiler, check_grammar
+from engine.grammar import GrammarCompiler, check_grammar
+from engine.grammar_check import MAX_SCHEMA_DEPTH
 from engine.sampler import Sampler
 from engine.sequence import Sequence
 
@@ -342,9 +345,9 @@ def test_compiled_grammars_are_kept_and_the_oldest_given_up(folder):
 
 def test_cancelling_one_callers_future_leaves_the_others_alone(folder, monkeypatch):
     compiler = GrammarCompiler(folder, 450, [EOS])
-    may_load, load = threading.Event(), engine.grammar._load_tokenizer
+    may_load, load = threading.Event(), engine.grammar.load_tokenizer
     monkeypatch.setattr(
-        engine.grammar, "_load_tokenizer", lambda *args: may_load.wait(60) and load(*args)
+        engine.grammar, "load_tokenizer", lambda *args: may_load.wait(60) and load(*args)
     )
     futures = [compiler.submit(GrammarSpec(kind="json_object")) for _ in range(3)]
     assert futures[1].cancel()
@@ -410,6 +413,29 @@ def test_a_schema_cannot_switch_the_white_space_rule_off(one_compiler):
         matcher.accept(next(i for i in allowed_ids(matcher, 450)))
         rows.append(allowed_ids(matcher, 450))
     assert rows[0] == rows[1]
+
+
+def test_a_schema_that_would_take_minutes_is_refused_and_the_next_one_is_not():
+    hostile = {"type": "integer", "multipleOf": 123_456_789}
+    for _ in range(2):  # the second time from memory
+        with pytest.raises(GrammarError, match="too complex to follow: gave up after 4 s"):
+            check_grammar(GrammarSpec(kind="json_schema", source=json.dumps(hostile)))
+    check_grammar(GrammarSpec(kind="json_schema", source='{"type": "integer"}'))
+
+
+def test_the_checking_process_is_replaced_when_it_has_died():
+    check_grammar(GrammarSpec(kind="regex", source="before"))
+    process = engine.grammar._checker()._process
+    process.kill()
+    process.wait()
+    check_grammar(GrammarSpec(kind="regex", source="after"))
+    with pytest.raises(GrammarError, match="unclosed group"):
+        check_grammar(GrammarSpec(kind="regex", source="(after"))
+
+
+def test_trying_grammars_out_needs_no_torch():
+    program = "import sys, engine.grammar_check; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize(

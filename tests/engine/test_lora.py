@@ -1,4 +1,4 @@
-"""What a batch's adapters do to a layer: low rank, element-wise, dense; and nothing without them."""
+"""What a batch's adapters do to a layer: low rank, element-wise, dense; else nothing."""
 
 import types
 
@@ -8,7 +8,7 @@ import torch
 import engine.lora
 from engine.errors import AdapterError
 from engine.lora import EMBEDDING, LoraBatch, LoraModule, LoraWeights, PlacedModule, plan_layer
-from engine.lora_placement import dora_ratio, pack_adapter
+from engine.lora_placement import dora_ratio, is_finite, pack_adapter
 from kernels.nf4 import dequantize_4bit, quantize_4bit
 
 WIDTHS = {"q": 4, "k": 2, "lm_head": 5}
@@ -146,12 +146,36 @@ def test_a_dora_row_without_direction_is_refused():
         dora_ratio(module, torch.zeros(10, 24), "q")
 
 
+@pytest.mark.parametrize("kind", ["dora", "bias"])
+def test_an_adapter_that_is_all_as_in_the_base_is_refused(kind):
+    model = FourBitModel()
+    magnitude = dequantize_4bit(model.weight).norm(dim=1)
+    module = LoraModule(
+        a=random(3, 24), b=torch.zeros(10, 3), magnitude=magnitude if kind == "dora" else None
+    )
+    weights = LoraWeights(
+        modules={"q": module}, replaced={"q.bias": model.bias} if kind == "bias" else {}
+    )
+    with pytest.raises(AdapterError, match="changes nothing on this base"):
+        pack_adapter(weights, model, torch.float32, pin_memory=False)
+
+
 def test_values_too_large_for_float16_are_refused():
     module = LoraModule(a=torch.full((1, 24), 7e4), b=torch.ones(10, 1))
     with pytest.raises(AdapterError, match=r"q lora_A: a value is too large for torch.float16"):
         pack_adapter(
             LoraWeights(modules={"q": module}), FourBitModel(), torch.float16, pin_memory=False
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_not_finite_is_found_anywhere(dtype, value):
+    for position in (0, 1000, 2047):
+        tensor = random(2, 1024).to(dtype)
+        assert is_finite(tensor)
+        tensor.view(-1)[position] = value
+        assert not is_finite(tensor)
 
 
 def test_tensors_in_the_buffer_are_aligned():

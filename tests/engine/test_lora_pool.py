@@ -1,5 +1,6 @@
 """The pool of adapters: loading off the step, rows, users, eviction, pins, failures."""
 
+import random
 import threading
 import types
 
@@ -407,3 +408,41 @@ def test_releasing_more_often_than_acquiring_is_a_bug_that_shows(make_pool):
     pool.release(ref(1))
     with pytest.raises(AssertionError, match="more often than acquired"):
         pool.release(ref(1))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_books_agree_after_any_sequence_of_calls(make_pool, disk, seed):
+    choose = random.Random(seed)
+    pool = make_pool(max_loras=choose.randint(1, 3), max_cpu_loras=choose.randint(3, 5))
+    disk.errors["a6"] = AdapterError("broken")
+    held: list[AdapterRef] = []
+    answers, num_asked = Answers(), 0
+    for _ in range(400):
+        one = ref(choose.randint(1, 7), choose.randint(1, 2))
+        call = choose.choice(["acquire"] * 4 + ["release"] * 4 + ["preload", "unload", "settle"])
+        if call == "acquire":
+            try:
+                row = pool.acquire(one)
+            except AdapterError:
+                assert one.name == "a6"
+                row = None
+            if row is not None:
+                held.append(one)
+                expected = pool._rows.rows[row]
+                assert expected is not None and expected.ref == one
+        elif call == "release" and held:
+            pool.release(held.pop(choose.randrange(len(held))))
+        elif call == "preload":
+            num_asked += 1
+            pool.preload(one, pinned=choose.random() < 0.3, done=answers)
+        elif call == "unload":
+            pool.unload(one)
+        else:
+            settle(pool)
+        pool.check_integrity()
+        assert {(one.uid, one.generation) for one in held} <= set(pool.resident)
+    while held:
+        pool.release(held.pop())
+    while pool.is_loading:
+        settle(pool)
+    assert len(answers) == num_asked

@@ -249,7 +249,8 @@ def test_contradictions_are_that_rows_error():
     tokens = Sampler().sample(random_logits(3), sequences)
     assert tokens[0].error is None and tokens[0].token_id >= 0
     for token, sequence in zip(tokens[1:], sequences[1:], strict=True):
-        assert token.token_id == -1 and "No token is left" in str(token.error)
+        assert token.token_id == -1 and token.error.code == "no_token_left"
+        assert "No token is left" in str(token.error)
         assert sequence.grammar.accepted == []
 
 

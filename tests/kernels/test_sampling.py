@@ -18,8 +18,14 @@ from kernels.sampling import (
     draw,
     greedy,
     top_logprobs,
-    truncate,
     uniform,
+)
+from kernels.truncation import (
+    _kth_largest,
+    _nucleus_floors,
+    kth_largest_reference,
+    nucleus_floors_reference,
+    truncate,
 )
 
 VOCAB_SIZES = [1, 2, 127, 128, 129, 1000, 4099]  # around the tree's 128 members, and beyond
@@ -87,7 +93,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(vocab_size):
     temperature = torch.full((1000,), 0.7)
     counts = torch.zeros(vocab_size)
     for part in noise.split(1000):
-        drawn = draw(logits.expand(1000, -1), temperature, part)
+        drawn = draw(logits.repeat(1000, 1), temperature, part)
         counts += torch.bincount(drawn, minlength=vocab_size)
     expected = torch.softmax(logits[0].double() / 0.7, dim=-1) * num_draws
     assert abs(chi_square(counts, expected)) < 5
@@ -103,7 +109,7 @@ def test_what_is_masked_is_never_drawn(vocab_size):
     logits[torch.arange(num_rows), kept] = 0.0
     extremes = torch.tensor([0.0, 2.0**-53, 0.5, 1.0 - 2.0**-53], dtype=torch.float64)
     for noise in (extremes.repeat(num_rows // 4), torch.rand(num_rows, dtype=torch.float64)):
-        drawn = draw(logits, torch.full((num_rows,), 1.5), noise)
+        drawn = draw(logits.clone(), torch.full((num_rows,), 1.5), noise)
         assert logits[torch.arange(num_rows), drawn].isfinite().all()
 
 
@@ -111,7 +117,7 @@ def test_what_underflows_to_zero_is_never_drawn():
     logits = torch.full((1, 5000), -1e30)
     logits[0, 4321] = 1e30
     for noise in (0.0, 1.0 - 2.0**-53):
-        drawn = draw(logits, torch.ones(1), torch.tensor([noise], dtype=torch.float64))
+        drawn = draw(logits.clone(), torch.ones(1), torch.tensor([noise], dtype=torch.float64))
         assert drawn.tolist() == [4321]
 
 
@@ -126,11 +132,12 @@ def test_a_row_draws_the_same_alone_and_among_others(vocab_size):
         "top_k": torch.arange(num_rows) * 5 % 90,
         "top_p": torch.linspace(0.1, 1.0, num_rows),
     }
-    together = draw(logits, temperature, noise, **options)
+    together = draw(logits.clone(), temperature, noise, **options)
     for row in range(num_rows):
         one = slice(row, row + 1)
         own = {name: values[one] for name, values in options.items()}
-        assert draw(logits[one], temperature[one], noise[one], **own) == together[row]
+        alone = draw(logits[one].clone(), temperature[one], noise[one], **own)
+        assert alone == together[row]
 
 
 def test_probabilities_are_the_same_bits_alone_and_among_others():
@@ -175,6 +182,19 @@ def test_truncation_keeps_what_transformers_keeps(min_p, top_k, top_p, scale):
     differing = ((probs > 0) != scores.isfinite()).sum().item()
     # A share that float32 cannot tell from top_p may be decided either way, once a row at most.
     assert differing <= (8 if top_p == 0.9999 else 0)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 4.0, 100.0])
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+def test_floors_on_the_cpu_are_those_of_the_reference(vocab_size, scale):
+    num_rows = 40
+    probs = torch.softmax(random_logits(num_rows, vocab_size, seed=9, scale=scale), dim=-1)
+    probs[::3] *= probs[::3] > probs[::3].mean(dim=-1, keepdim=True) * 0.5  # as after min_p
+    top_p = torch.linspace(1e-6, 1.0, num_rows)
+    top_p[-2] = 1.0 - 2.0**-24
+    assert torch.equal(_nucleus_floors(probs, top_p), nucleus_floors_reference(probs, top_p))
+    k = torch.arange(num_rows) * vocab_size // num_rows + 1
+    assert torch.equal(_kth_largest(probs, k), kth_largest_reference(probs, k))
 
 
 def test_every_row_has_its_own_truncation():

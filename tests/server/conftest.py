@@ -2,10 +2,14 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
+from hypothesis import settings
 
 from server.app import create_app
 from server.state import ServerState
 from tests.server.fake_engine import FakeEngine, build_state
+
+settings.register_profile("herd", deadline=None)  # machines that run tests may be busy
+settings.load_profile("herd")
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def byte_tokenizer(chat_template: str | None = CHATML) -> Tokenizer:
 class FakeEngine:
     """Answers every request with `answer(request)`, one token per delta, then the end token."""
 
-    answer: Callable[[GenerateRequest], str | bytes] = lambda request: "Hello, wörld!"  # noqa: ARG005
+    answer: Callable[[GenerateRequest], str | bytes | list[int]] = lambda request: "Hello, wörld!"  # noqa: ARG005
     state: str = "ready"
     stats: EngineStats = field(default_factory=EngineStats)
     progress: LoadProgress | None = None

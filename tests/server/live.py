@@ -12,16 +12,15 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from server.app import create_app
+from server.app import Lifespan, create_app
 from server.state import ServerState
 
 
 @contextmanager
-def serving(state: ServerState) -> Iterator[int]:
+def serving(state: ServerState, lifespan: Lifespan | None = None) -> Iterator[int]:
     """Serve until the block ends; gives the port."""
-    config = uvicorn.Config(
-        create_app(state), port=0, log_level="warning", timeout_graceful_shutdown=1
-    )
+    app = create_app(state, lifespan=lifespan)
+    config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))

@@ -42,7 +42,7 @@ async def test_every_route_asks_for_a_key(method, path):
         for headers in ({}, bearer("wrong"), bearer(""), {"Authorization": "one"}, bearer("on")):
             response = await client.request(method, path, headers=headers, content=b"{broken")
             assert response.status_code == 401, headers  # before the body is looked at
-            assert response.json()["error"]["code"] in ("invalid_api_key", "missing_api_key")
+            assert response.json()["error"]["code"] == "invalid_api_key"
             assert response.headers["www-authenticate"] == "Bearer"
 
 
@@ -112,11 +112,22 @@ async def test_without_keys_only_this_machine_may_change_the_server(method, path
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "localhost.evil.example", "127.0.0.1@evil", ":::"]
+    "host",
+    [
+        "evil.example",
+        "localhost.evil.example",
+        "127.0.0.1@evil",
+        ":::",
+        "[::1",
+        "[x]:80",
+        "localhost:80:80",
+        "localhost/x",
+        "é",
+    ],
 )
 async def test_a_rebound_host_name_is_refused(host):
     async with connect() as client:
-        response = await client.get("/v1/models", headers={"Host": host})
+        response = await client.get("/v1/models", headers={"Host": host.encode()})
         assert (response.status_code, response.json()["error"]["code"]) == (403, "host_not_allowed")
 
 

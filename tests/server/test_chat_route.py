@@ -1,6 +1,7 @@
 """POST /v1/chat/completions over a scripted engine."""
 
 import asyncio
+import dataclasses
 import json
 
 import pytest
@@ -212,6 +213,13 @@ async def test_an_adapter_is_chosen_by_name_and_its_generation_told(client, engi
     assert "x-herd-adapter-generation" not in base.headers
 
 
+async def test_a_scale_without_an_adapter_is_refused(client, engine):
+    for url, body in ((URL, ask(lora_scale=0.5)), ("/v1/completions", {"prompt": "x"})):
+        response = await client.post(url, json={**body, "model": "base", "lora_scale": 0.5})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "lora_scale")
+    assert engine.requests == []
+
+
 async def test_an_unknown_model_is_never_the_base(client, engine):
     for model in ("nope", "", "base ", "x" * 10_000):
         response = await client.post(URL, json=ask(model=model))
@@ -250,8 +258,6 @@ async def test_guanaco_adapters_get_their_template_and_stop_string(client, engin
 
 
 async def test_without_any_template_the_answer_says_what_to_do(client, state):
-    import dataclasses
-
     state.tokenizer = dataclasses.replace(state.tokenizer, chat_template=None)
     response = await client.post(URL, json=ask())
     assert response.status_code == 400
@@ -339,6 +345,23 @@ async def test_tool_calls_are_parsed_and_streamed(client, engine):
     assert json.loads(arguments) == {"x": 1}
     assert streamed_texts(chunks)[0] == (plain["message"]["content"] or "")
     assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+async def test_calls_marked_by_control_tokens_are_seen(client, engine, state):
+    """As a tokenizer has them that declares <tool_call> special."""
+    tokenizer = state.tokenizer
+    marks = (b"<tool_call>", b"</tool_call>")
+    state.tokenizer = dataclasses.replace(
+        tokenizer,
+        token_bytes=(*tokenizer.token_bytes, *marks),
+        special_ids=tokenizer.special_ids | {258, 259},
+        vocab_size=260,
+    )
+    engine.max_model_len = 4096
+    body = b'{"name": "add", "arguments": {"x": 1}}'
+    engine.answer = lambda request: [258, *body, 259]  # noqa: ARG005
+    choice = (await client.post(URL, json=ask(tools=[TOOL]))).json()["choices"][0]
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "add"
 
 
 async def test_required_tools_are_a_grammar(client, engine):

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -248,6 +250,47 @@ async def test_the_worker_ignores_ctrl_c(folder):
     async with started(folder) as client:
         os.kill(client._worker.process.pid, signal.SIGINT)
         assert len(await collect(client, request("r"))) == 8
+
+
+INTERRUPTED = """
+import asyncio, sys
+from pathlib import Path
+from tests.server.test_engine_client import load_adapter, make_client
+
+async def main():
+    client = make_client(Path(sys.argv[1]))
+    starting = asyncio.create_task(client.start())
+    while client._worker is None:
+        await asyncio.sleep(0.01)
+    print("importing", flush=True)
+    try:
+        await starting
+    finally:
+        await client.stop(0.0)
+
+if __name__ == "__main__":
+    try:
+        asyncio.run(main())
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+
+
+def test_ctrl_c_while_the_worker_imports_is_silent(folder, tmp_path):
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # its own process group, as in a terminal
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert process.stdout.readline() == "importing\n"
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=TIMEOUT_S)
+    assert (out, err) == ("interrupted\n", "")
 
 
 @pytest.mark.parametrize(

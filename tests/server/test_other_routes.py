@@ -1,16 +1,21 @@
 """Models, adapters, tokens, scores, health, metrics."""
 
 import asyncio
+import json
 import math
 import re
 
 import pytest
+import torch
 from prometheus_client.parser import text_string_to_metric_families
+from safetensors.torch import save_file
+from transformers import LlamaConfig
 
 from engine.api import EngineStats
 from engine.errors import AdapterError
+from engine.model_config import ModelSpec
 from server.adapters import Adapters
-from tests.server.fake_engine import adapter_info, add_adapter
+from tests.server.fake_engine import add_adapter
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -54,16 +59,28 @@ async def test_deleting_a_model_unloads_an_adapter_and_nothing_else(client, stat
 
 
 @pytest.fixture
-def folder(state, engine, tmp_path, monkeypatch):
-    """A folder of adapters from which may be loaded; their contents are not looked at."""
-    monkeypatch.setattr("adapters.registry.inspect_adapter", lambda *_, **__: adapter_info())
+def folder(state, engine, tmp_path_factory):
+    """A folder of adapters from which may be loaded, and a base that they fit."""
+    base, shelf = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("shelf")
+    LlamaConfig(
+        vocab_size=258, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(base)  # fmt: skip
     for name in ("ada", "bob"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_config.json").write_text("{}")
-        (tmp_path / name / "adapter_model.safetensors").write_text("x")
-    adapters = Adapters(None, engine, state.metrics, roots=[tmp_path], reserved_names=("base",))
+        config = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}
+        (shelf / name).mkdir()
+        (shelf / name / "adapter_config.json").write_text(json.dumps(config))
+        layer = "base_model.model.model.layers.0.self_attn.q_proj"
+        tensors = {
+            f"{layer}.lora_A.weight": torch.ones(8, 64),
+            f"{layer}.lora_B.weight": torch.ones(64, 8),
+        }
+        save_file(tensors, shelf / name / "adapter_model.safetensors")
+    spec = ModelSpec.from_folder(base)
+    adapters = Adapters(spec, engine, state.metrics, roots=[shelf], reserved_names=("base",))
     state.adapters, state.registry = adapters, adapters.registry
-    return tmp_path
+    yield shelf
+    adapters.registry.close()
 
 
 async def load(client, name, **fields):
@@ -174,7 +191,7 @@ async def test_rollback(client, engine, folder):  # noqa: ARG001
     assert (await client.get("/v1/adapters/ada")).json()["generation"] == 3
 
 
-async def test_the_list_says_what_each_adapter_is_and_does(client, engine, folder, state):  # noqa: ARG001
+async def test_the_list_says_what_each_adapter_is_and_does(client, engine, folder, state):
     await load(client, "ada", pinned=True)
     await client.post("/v1/chat/completions", json={"model": "ada", "messages": USER})
     ref = state.registry.resolve("ada").ref
@@ -182,7 +199,8 @@ async def test_the_list_says_what_each_adapter_is_and_does(client, engine, folde
     (entry,) = (await client.get("/v1/adapters")).json()["data"]
     shown = {name: entry[name] for name in ("name", "generation", "rank", "targets", "bytes")}
     assert shown == {
-        "name": "ada", "generation": 1, "rank": 8, "targets": ["q_proj"], "bytes": 100,
+        "name": "ada", "generation": 1, "rank": 8, "targets": ["q_proj"],
+        "bytes": (folder / "ada" / "adapter_model.safetensors").stat().st_size,
     }  # fmt: skip
     assert (entry["resident"], entry["pinned"], entry["requests_served"]) == (True, True, 1)
     assert entry["requests_running"] == 0
@@ -324,6 +342,34 @@ async def test_metrics_tell_why_requests_ended(client, engine):
     found = await metrics(client)
     assert found["herd_request_success_total", "", "stop"] == 1
     assert found["herd_request_success_total", "", "error"] == 1
+
+
+async def test_answers_are_counted_by_route_and_status(client, engine):
+    def broken(request):
+        raise ZeroDivisionError(request)
+
+    await client.get("/v1/models/base")
+    await client.get("/v1/models/nope")
+    await client.get("/never/heard/of")
+    engine.answer = broken
+    await client.post("/v1/completions", json={"model": "base", "prompt": "x"})
+    text = (await client.get("/metrics")).text
+    for method, route, status in (
+        ("GET", "/v1/models/{model:path}", 200), ("GET", "/v1/models/{model:path}", 404),
+        ("other", "other", 404), ("POST", "/v1/completions", 500),
+    ):  # fmt: skip
+        labels = f'{{method="{method}",route="{route}",status="{status}"}}'
+        assert f"herd_http_requests_total{labels} 1.0" in text
+
+
+async def test_adapters_that_are_loaded_are_shown(client, engine, state):
+    ref = add_adapter(state, "ada")
+    add_adapter(state, "bob")
+    engine.stats = EngineStats(resident_adapters=((ref.uid, ref.generation),))
+    found = await metrics(client)
+    assert found["herd_adapter_resident", "ada", None] == 1
+    assert found["herd_adapter_resident", "bob", None] == 0
+    assert found["herd_adapter_requests_running", "ada", None] == 0
 
 
 async def test_metrics_work_while_the_engine_loads(client, engine):

@@ -4,8 +4,9 @@ import pytest
 
 from engine.errors import ContextLengthExceeded
 from server.errors import ApiError
+from server.message_schemas import StructuredOutputs
 from server.sampling import check_prompt, choice_seed, sampling_params, structure_grammar
-from server.schemas import CompletionRequest, StructuredOutputs
+from server.schemas import CompletionRequest
 from tests.server.fake_engine import FakeEngine
 
 INFO = FakeEngine(max_model_len=100).info

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from server.errors import ApiError
 from server.limits import parse
-from server.schemas import ChatCompletionRequest, CompletionRequest, LoadAdapterRequest
+from server.routes.adapters import LoadAdapterRequest
+from server.schemas import ChatCompletionRequest, CompletionRequest
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "m", "prompt": "hi"}

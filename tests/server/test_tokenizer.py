@@ -201,6 +201,20 @@ def test_tokens_without_bytes_of_their_own_are_read_in_context(tmp_path):
     assert tokenizer.piece(2) == b"world"
 
 
+def test_the_older_form_of_a_byte_level_tokenizer(byte_level, tmp_path):
+    """vocab.json and merges.txt, as Qwen2's first checkpoints have them."""
+    model = json.loads((byte_level / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
+    (tmp_path / "merges.txt").write_text("\n".join(lines))
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(tmp_path)
+    token_ids = tokenizer.encode("quick größer", add_special_tokens=False)
+    assert len(token_ids) < len("quick größer".encode())
+    assert streamed(tokenizer, token_ids) == "quick größer"
+
+
 def test_a_folder_without_tokenizer_is_refused_with_a_remedy(tmp_path):
     with pytest.raises(CheckpointError, match=r"no tokenizer.*tokenizer\.json.*--tokenizer"):
         load_tokenizer(tmp_path)

@@ -19,14 +19,14 @@ async def ask(served_api, text, model="guanaco"):
     answer = Answer(model=model)
     asked = [question(text, model)]
     num_draws = 0
-    async for _ in answer_together(Client(served_api[1]), asked, [answer], asyncio.Event()):
+    async for _ in answer_together(Client(served_api.url), asked, [answer], asyncio.Event()):
         num_draws += 1
     return answer, num_draws
 
 
 @pytest.mark.usefixtures("api")
 async def test_models_come_base_first_and_with_generations(served_api):
-    cards = await Client(served_api[1] + "/").models(None)
+    cards = await Client(served_api.url + "/").models(None)
     assert cards == [
         ModelCard(name="herd-demo", max_model_len=512),
         ModelCard(name="guanaco", parent="herd-demo", max_model_len=512, generation=3),
@@ -41,7 +41,7 @@ async def test_models_come_base_first_and_with_generations(served_api):
 
 async def test_a_key_is_sent_with_each_call_and_kept_by_none(api, served_api):
     api.required_key = "secret"
-    client = Client(served_api[1])
+    client = Client(served_api.url)
     assert await client.models("secret")
     for key in (None, "wrong", "schlüssel\n"):
         with pytest.raises(ApiError) as refusal:
@@ -50,7 +50,7 @@ async def test_a_key_is_sent_with_each_call_and_kept_by_none(api, served_api):
 
 
 async def test_health_says_why_requests_are_not_taken(api, served_api):
-    client = Client(served_api[1])
+    client = Client(served_api.url)
     assert await client.why_not_ready() is None
     api.is_ready = False
     assert "being loaded" in await client.why_not_ready()
@@ -59,7 +59,7 @@ async def test_health_says_why_requests_are_not_taken(api, served_api):
 @pytest.mark.usefixtures("api")
 async def test_a_chat_streams_pieces_then_the_count(served_api):
     messages = [{"role": "user", "content": "hi"}]
-    pieces = await collect(Client(served_api[1]).chat("guanaco", messages, Sampling(), None))
+    pieces = await collect(Client(served_api.url).chat("guanaco", messages, Sampling(), None))
     assert pieces[0] == Piece(generation=4)
     assert "".join(piece.text for piece in pieces) == "guanaco says: hi"
     assert [piece.finish_reason for piece in pieces if piece.finish_reason] == ["stop"]
@@ -111,7 +111,7 @@ async def test_an_answer_that_nobody_wants_closes_its_connection(api, served_api
     answers = [Answer(model="guanaco"), Answer(model="pirate")]
     questions = [question("slow"), question("slow", "pirate")]
     stop = asyncio.Event()
-    drawing = answer_together(Client(served_api[1]), questions, answers, stop)
+    drawing = answer_together(Client(served_api.url), questions, answers, stop)
     async for _ in drawing:
         if all(answer.text for answer in answers):
             if how == "close":

@@ -8,8 +8,8 @@ from ui.app import build_page, mount_page
 
 @pytest.fixture
 def http(served_api):
-    served_api[0].reset()
-    with httpx.Client(base_url=served_api[1], trust_env=False) as http:
+    served_api.api.reset()
+    with httpx.Client(base_url=served_api.url, trust_env=False) as http:
         yield http
 
 
@@ -37,6 +37,7 @@ def test_unknown_paths_stay_the_apis(http):
         ("POST", "/gradio_api/component_server"),
         ("POST", "/gradio_api/call/ask"),
         ("POST", "/gradio_api/run/ask"),
+        ("GET", "/gradio_api/info"),
         ("POST", "/login"),
         ("GET", "/monitoring"),
     ],
@@ -53,8 +54,22 @@ def test_the_page_may_call_no_other_host(http):
     assert "content-security-policy" not in http.get("/v1/models").headers
 
 
-def test_handlers_are_not_offered_as_an_api(http):
-    assert http.get("/gradio_api/info").json()["named_endpoints"] == {}
+@pytest.mark.parametrize(
+    "data",
+    [
+        [{"path": "http://127.0.0.2:9/x", "meta": {"_type": "gradio.FileData"}}],
+        {"a": [{"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}]},
+    ],
+)
+def test_data_that_names_a_file_is_refused(http, data):
+    body = {"data": data, "fn_index": 0, "session_hash": "s"}
+    reply = http.post("/gradio_api/queue/join", json=body)
+    assert (reply.status_code, reply.text) == (400, "Refused: this page takes no gradio.FileData")
+
+
+def test_a_body_that_is_not_json_or_too_deep_is_refused(http):
+    for body in (b"{", b"[" * 100_000, b"\xff"):
+        assert http.post("/gradio_api/queue/join", content=body).status_code == 400
 
 
 def test_the_keys_field_is_an_input_of_no_event_that_reaches_the_server():

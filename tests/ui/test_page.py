@@ -49,8 +49,8 @@ def context(browser):
 @pytest.fixture
 def page(context, served_api):
     """The loaded page; afterwards: it called no other host and logged no error."""
-    api, url = served_api
-    api.reset()
+    url = served_api.url
+    served_api.api.reset()
     page = context.new_page()
     hosts, errors = set(), []
     page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
@@ -285,7 +285,7 @@ def test_an_error_is_shown_and_the_conversation_goes_on(page, api):
     wait_for_answer(page, 1)
     ask(page, "fail")
     wait_for_answer(page, 2)
-    error = page.locator(".herd-error")
+    error = page.locator(".herd-chat .herd-error")
     expect(error).to_have_text("The engine is restarting. (Try again in 2 s.)")
     toast = page.get_by_role("status").filter(has_text="The engine is restarting.")
     expect(toast).to_be_visible()
@@ -302,7 +302,7 @@ def test_a_worker_that_dies_in_mid_answer_leaves_the_text_that_came(page):
     ask(page, "break")
     wait_for_answer(page)
     expect(page.get_by_text("guanaco says:")).to_be_visible()
-    expect(page.locator(".herd-error")).to_have_text("The engine worker died.")
+    expect(page.locator(".herd-chat .herd-error")).to_have_text("The engine worker died.")
 
 
 def test_a_protected_api_is_reached_only_with_the_visitors_own_key(page, api):
@@ -333,6 +333,24 @@ def test_the_page_waits_for_a_server_that_is_loading(page, api):
     expect(page.locator("#herd-notice")).to_contain_text("the demo model, a toy")
 
 
+def test_a_restart_of_the_server_in_mid_answer_keeps_the_conversation(context, served_api):
+    served_api.api.reset()
+    page = context.new_page()
+    page.goto(served_api.url)
+    expect(picker(page, "Who answers")).to_have_value(re.compile("guanaco"))
+    ask(page, "slow")
+    expect(page.get_by_text("word5 ")).to_be_visible()
+    served_api.stop()
+    expect(page.get_by_text("The connection to the server broke.")).to_be_visible()
+    served_api.start()
+    page.get_by_role("button", name="Stop").click()
+    ask(page, "again")
+    expect(page.get_by_text("guanaco says: again")).to_be_visible()
+    expect(page.get_by_text("The connection to the server broke.")).to_be_hidden()
+    expect(page.get_by_text("word5 ")).to_be_visible()
+    page.close()
+
+
 def test_copying_an_answer_leaves_out_its_byline(context, page):
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     ask(page, "hello")
@@ -346,14 +364,14 @@ def test_a_picture_in_an_answer_is_not_fetched_from_its_host(context, served_api
     hosts, refusals = set(), []
     page.on("response", lambda response: hosts.add(urlsplit(response.url).netloc))
     page.on("console", lambda log: refusals.append(log.text) if log.type == "error" else None)
-    page.goto(served_api[1])
+    page.goto(served_api.url)
     expect(picker(page, "Who answers")).to_have_value(re.compile("guanaco"))
     ask(page, "![x](http://127.0.0.2:9/x.png)")
     wait_for_answer(page)
     expect(page.locator("img[src*='127.0.0.2']").first).to_be_attached()
     wait_until(lambda: page.evaluate("1") and refusals, "the picture was not refused")
     assert "Content Security Policy" in refusals[0]
-    assert hosts == {urlsplit(served_api[1]).netloc}
+    assert hosts == {urlsplit(served_api.url).netloc}
 
 
 def test_the_page_fits_a_phone(page):

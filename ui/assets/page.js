@@ -4,12 +4,46 @@
   const plainFetch = window.fetch;
   window.fetch = (input, init = {}) => {
     const key = sessionStorage.getItem("herd-api-key");
-    if (key && String(input.url ?? input).includes("/gradio_api/queue/join")) {
+    const url = String(input.url ?? input);
+    if (key && url.includes("/gradio_api/queue/join")) {
       const headers = new Headers(init.headers);
       headers.set("Authorization", "Bearer " + key);
       init = { ...init, headers };
     }
-    return plainFetch(input, init);
+    const reply = plainFetch(input, init);
+    return url.includes("/gradio_api/queue/data") ? reply.then(endOrderly) : reply;
+  };
+
+  // When the server goes away in mid-answer, Gradio's client takes its event stream for open for
+  // ever, and the page is dead. A proper ending lets the next event open a new stream, with the
+  // conversation still on the page.
+  const farewell = [
+    { msg: "unexpected_error", message: "The connection to the server broke.", success: false },
+    { msg: "close_stream" },
+  ];
+  const farewellText = farewell.map((event) => `data: ${JSON.stringify(event)}\n\n`).join("");
+  const showLost = (isLost) =>
+    document.getElementById("herd-lost")?.classList.toggle("herd-shown", isLost);
+  const endOrderly = (response) => {
+    if (!response.ok) return response;
+    showLost(false);
+    const reader = response.body.getReader();
+    const decoder = new TextDecoder("latin1"); // only to look for ASCII
+    let isClosed = false;
+    const body = new ReadableStream({
+      async pull(controller) {
+        const { done, value } = await reader.read().catch(() => ({ done: true }));
+        if (done && !isClosed) {
+          showLost(true);
+          controller.enqueue(new TextEncoder().encode(farewellText));
+        }
+        if (done) return controller.close();
+        isClosed ||= decoder.decode(value).includes('"msg":"close_stream"');
+        controller.enqueue(value);
+      },
+      cancel: (reason) => reader.cancel(reason),
+    });
+    return new Response(body, { status: response.status, headers: response.headers });
   };
   window.herdKeepKey = (key) =>
     // A header carries ASCII only.

@@ -1,0 +1,60 @@
+"""What the operator sees while the server starts: a bar per stage, then where everything is."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.api import EngineInfo, LoadProgress
+from server.engine_client import EngineClient
+from server.state import ServerState
+
+PROGRESS_INTERVAL_S = 0.05
+
+
+async def show_progress(engine: EngineClient) -> None:
+    """One bar per stage of the worker's start; runs until it is cancelled."""
+    shown: LoadProgress | None = None
+    bar: Any = None
+
+    def show() -> None:
+        nonlocal shown, bar
+        progress = engine.progress
+        if progress is None or progress is shown:
+            return
+        if shown is None or shown.stage != progress.stage:
+            if bar is not None:
+                bar.close()
+            bar = tqdm(total=progress.total, desc=progress.stage, unit_scale=True)
+        bar.update(progress.done - bar.n)
+        shown = progress
+
+    try:
+        while True:
+            show()
+            await asyncio.sleep(PROGRESS_INTERVAL_S)
+    finally:
+        show()
+        if bar is not None:
+            bar.close()
+
+
+def announce(info: EngineInfo, state: ServerState, url: str, seconds: float) -> None:
+    """Tell the operator what runs and where."""
+    names = state.registry.names()
+    model = names[0] if names else state.model_names[0]
+    notes = "".join(f"{note}\n" for note in info.notes)
+    sys.stdout.write(
+        f"{notes}\nHerd is ready after {seconds:.1f} s: {state.model_names[0]} "
+        f"({info.architecture}, {info.quantization}, {info.weights_bytes / 1e6:,.0f} MB, "
+        f"{info.device}), adapters: {', '.join(names) or 'none'}\n"
+        f"  page  {url + '/' if state.config.ui else 'off (--no-ui)'}\n"
+        f"  API   {url}/v1\n"
+        f"  try   curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f'          -d \'{{"model": "{model}", "messages": '
+        f'[{{"role": "user", "content": "What is NF4?"}}]}}\'\n\n'
+    )
+    sys.stdout.flush()
