@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.codebooks import DYNAMIC_MAP, codebook
+from kernels.int8_linear import Int8Weight
 from kernels.native.build import build
 from kernels.nf4 import QuantizedWeight
 
@@ -61,6 +62,12 @@ def dense_matrix(weight: Tensor, bias: Tensor | None) -> Matrix:
     """Describe a dense, contiguous weight [out_features, in_features]."""
     bias_address = None if bias is None else bias.data_ptr()
     return Matrix(weight.data_ptr(), None, None, None, bias_address, 0.0, *weight.shape, 0)
+
+
+def int8_matrix(weight: Int8Weight, bias: Tensor | None) -> Matrix:
+    """Describe an 8-bit weight."""
+    scales, bias_address = weight.scales.data_ptr(), None if bias is None else bias.data_ptr()
+    return Matrix(weight.codes.data_ptr(), None, scales, None, bias_address, 0.0, *weight.shape, 0)
 
 
 def load(instruction_set: str) -> ctypes.CDLL:

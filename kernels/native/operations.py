@@ -1,7 +1,7 @@
 """Operations of the native library in the shape that kernels/dispatch.py asks for.
 
 Each pair accepts or declines what the operation's own file has checked, then runs it. Taken are
-float32 and bfloat16 on the CPU and contiguous rows; anything else is the reference's.
+float32 and bfloat16 on the CPU and contiguous weights; anything else is the reference's.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.int8_linear import Int8Weight
 from kernels.layout import BLOCK, Layout
-from kernels.native.library import DTYPES, Arena, Matrix, dense_matrix, quantized_matrix
+from kernels.native.library import DTYPES, Arena, Matrix, dense_matrix, int8_matrix, quantized_matrix
 from kernels.nf4 import QuantizedWeight
 
 
@@ -70,7 +71,6 @@ class NativeOperations:
         """Whether nf4_linear can run."""
         return (
             x.dtype in DTYPES
-            and x.is_contiguous()
             and all(weight.layout == "interleaved" for weight in weights)
         )
 
@@ -89,7 +89,6 @@ class NativeOperations:
             x.dtype in DTYPES
             and x.device.type == "cpu"
             and x.shape[1] % BLOCK == 0
-            and x.is_contiguous()
             and weight.is_contiguous()
         )
 
@@ -97,7 +96,16 @@ class NativeOperations:
         """kernels/linear.py's linear."""
         return self._linear(x, [dense_matrix(weight, bias)], weight.shape[0])
 
+    def accepts_int8_linear(self, x: Tensor, weight: Int8Weight, *_: object) -> bool:
+        """Whether int8_linear can run."""
+        return self.accepts_linear(x, weight.codes)
+
+    def int8_linear(self, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+        """kernels/int8_linear.py's int8_linear."""
+        return self._linear(x, [int8_matrix(weight, bias)], weight.shape[0])
+
     def _linear(self, x: Tensor, matrices: list[Matrix], width: int) -> Tensor:
+        x = x.contiguous()
         y = x.new_empty(len(x), width)
         array = (Matrix * len(matrices))(*matrices)
         self._library.herd_linear(
