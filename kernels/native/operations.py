@@ -14,7 +14,14 @@ from torch import Tensor
 
 from kernels.int8_linear import Int8Weight
 from kernels.layout import BLOCK, Layout
-from kernels.native.library import DTYPES, Arena, Matrix, dense_matrix, int8_matrix, quantized_matrix
+from kernels.native.library import (
+    DTYPES,
+    Arena,
+    Matrix,
+    dense_matrix,
+    int8_matrix,
+    quantized_matrix,
+)
 from kernels.nf4 import QuantizedWeight
 
 
@@ -65,14 +72,9 @@ class NativeOperations:
 
     # Projections.
 
-    def accepts_nf4_linear(
-        self, x: Tensor, weights: Sequence[QuantizedWeight], *_: object
-    ) -> bool:
+    def accepts_nf4_linear(self, x: Tensor, weights: Sequence[QuantizedWeight], *_: object) -> bool:
         """Whether nf4_linear can run."""
-        return (
-            x.dtype in DTYPES
-            and all(weight.layout == "interleaved" for weight in weights)
-        )
+        return x.dtype in DTYPES and all(weight.layout == "interleaved" for weight in weights)
 
     def nf4_linear(
         self, x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]

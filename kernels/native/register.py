@@ -9,7 +9,14 @@ from kernels.native.build import BuildError
 
 logger = logging.getLogger(__name__)
 
-OPERATIONS = ("relayout", "prepare_weight", "dequantize_4bit", "nf4_linear", "linear", "int8_linear")
+OPERATIONS = (
+    "relayout",
+    "prepare_weight",
+    "dequantize_4bit",
+    "nf4_linear",
+    "linear",
+    "int8_linear",
+)
 
 
 def register_native(instruction_set: str) -> None:
