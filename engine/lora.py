@@ -192,6 +192,14 @@ class LoraBatch:
             hidden[tokens] = result.to(hidden.dtype)
         return hidden
 
+    def plans(self, projections: Sequence[tuple[str, ...]]) -> list[LayerPlan]:
+        """What the pool's adapters do to each of these fused projections."""
+        return [self._plan(paths) for paths in projections]
+
+    def touches(self, rows: frozenset[int]) -> bool:
+        """Whether a token of this batch has one of these pool rows."""
+        return not rows.isdisjoint(self._rows_in_use)
+
     def select(self, token_indices: torch.Tensor | Sequence[int]) -> LoraBatch | None:
         """The same for some of the tokens, in the order given; None when all are the base's."""
         if isinstance(token_indices, torch.Tensor):

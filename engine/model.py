@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from engine.head import HeadDtype, quantize_head
 from engine.layers import DecoderLayer, FusedLinear, LinearSlice
 from engine.model_config import ModelSpec
+from engine.whole_step import WholeStep, prepare_whole_step
 from kernels.fused import add_rms_norm
 from kernels.nf4 import QuantizedWeight
 
@@ -37,6 +38,7 @@ class CausalLM:
         self.inv_freq = spec.rope.inverse_frequencies(spec.head_dim).to(
             device
         )  # float32 [head_dim / 2]
+        self._whole_step: WholeStep | None = None
         self._projections = {
             part.path: (fused, part) for fused in self._fused() for part in fused.slices
         }
@@ -72,6 +74,10 @@ class CausalLM:
             hidden = lora.embedding(batch.input_ids, hidden)
         angles = batch.positions.unsqueeze(-1) * self.inv_freq  # float32 [num_tokens, head_dim / 2]
         cos, sin = angles.cos(), angles.sin()
+        if self._whole_step is not None:
+            done = self._whole_step.run(hidden, cos, sin, batch, kv_caches, lora)
+            if done is not None:
+                return done
         residual = None
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             hidden, residual = layer(hidden, residual, cos, sin, batch, kv_cache, lora)
@@ -136,6 +142,7 @@ class CausalLM:
             self.lm_head.set_weight(head, weight, self.device)
         for fused in self._fused():
             fused.finish()
+        self._whole_step = prepare_whole_step(self.spec, self.layers, self.norm)
 
     def _fused(self) -> list[FusedLinear]:
         return [fused for layer in self.layers for fused in layer.projections] + [self.lm_head]

@@ -24,6 +24,25 @@ ARENA_BYTES = 64 << 20
 HUGE_PAGE_BYTES = 2 << 20
 _loaded: list[ctypes.CDLL] = []
 
+_P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
+SIGNATURES = {
+    "choose": (ctypes.c_char_p, _P),
+    "set_num_threads": (_I,),
+    "relayout": (_P, _P, _L, _L, _I),
+    "linear": (_I, _P, _I, _P, _L, _P, _L),
+    "dequantize": (_I, _P, _P),
+    "rms_norm": (_I, _P, _P, _F, _L, _L, _P),
+    "add_rms_norm": (_I, _P, _P, _P, _F, _L, _L, _P, _P),
+    "rotate": (_I, _P, _L, _P, _P, _L, _L, _L, _P),
+    "silu_and_mul": (_I, _P, _L, _L, _P),
+    "write_kv": (_I, _P, _P, _L, _L, _P, _P, _P, _L, _L),
+    "attention": (_I, _P),
+    "add_lora": (_I, _P, _L, _P, _L, _L, _P, _L, _P),
+    "decode": (_P, _P),
+    "read": (_P, _L),
+}
+"""Arguments of the library's functions, herd_<name> each."""
+
 
 class Matrix(ctypes.Structure):
     """api.h's Matrix: one slice of a fused projection. It holds addresses, not references."""
@@ -38,6 +57,88 @@ class Matrix(ctypes.Structure):
         ("out_features", ctypes.c_int32),
         ("in_features", ctypes.c_int32),
         ("group_size", ctypes.c_int32),
+    )
+
+
+class LoraPair(ctypes.Structure):
+    """api.h's LoraPair."""
+
+    _fields_ = (("a", ctypes.c_void_p), ("b", ctypes.c_void_p), ("rank", ctypes.c_int64))
+
+
+class LoraSlice(ctypes.Structure):
+    """api.h's LoraSlice."""
+
+    _fields_ = (
+        ("rows", ctypes.c_void_p),
+        ("start", ctypes.c_int64),
+        ("stop", ctypes.c_int64),
+    )
+
+
+class LoraTokens(ctypes.Structure):
+    """api.h's LoraTokens."""
+
+    _fields_ = (
+        ("indices", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
+    )
+
+
+class Attention(ctypes.Structure):
+    """api.h's Attention."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k_cache", "v_cache", "out")),
+        *((name, ctypes.c_void_p) for name in ("block_tables", "context_lens", "cu_seqlens_q")),
+        *((name, ctypes.c_int64) for name in ("q_stride", "out_stride", "table_stride")),
+        *((name, ctypes.c_int64) for name in ("num_seqs", "num_heads", "num_kv_heads")),
+        *((name, ctypes.c_int64) for name in ("head_dim", "block_size", "sliding_window")),
+        ("scale", ctypes.c_float),
+    )
+
+
+class Projection(ctypes.Structure):
+    """api.h's Projection."""
+
+    _fields_ = (("slices", ctypes.c_void_p), ("num_slices", ctypes.c_int64))
+
+
+class Layer(ctypes.Structure):
+    """api.h's Layer."""
+
+    _fields_ = (
+        *((name, Projection) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, ctypes.c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
+        ("sliding_window", ctypes.c_int64),
+    )
+
+
+class Decoder(ctypes.Structure):
+    """api.h's Decoder."""
+
+    _fields_ = (
+        ("layers", ctypes.c_void_p),
+        ("norm", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("dtype", "num_layers", "hidden_size")),
+        *((name, ctypes.c_int64) for name in ("intermediate_size", "num_heads")),
+        *((name, ctypes.c_int64) for name in ("num_kv_heads", "head_dim")),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    )
+
+
+class Step(ctypes.Structure):
+    """api.h's Step."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("hidden", "cos", "sin", "slot_mapping")),
+        *((name, ctypes.c_void_p) for name in ("block_tables", "context_lens", "cu_seqlens_q")),
+        *((name, ctypes.c_void_p) for name in ("caches", "adapters", "num_adapted")),
+        ("tokens", LoraTokens),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "num_seqs")),
+        *((name, ctypes.c_int64) for name in ("table_stride", "block_size")),
     )
 
 
@@ -83,15 +184,10 @@ def load(instruction_set: str) -> ctypes.CDLL:
     """
     library = ctypes.CDLL(str(build()))
     library.herd_instruction_sets.restype = ctypes.c_char_p
-    pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
-    library.herd_choose.argtypes = (ctypes.c_char_p, pointer)
-    library.herd_set_num_threads.argtypes = (integer,)
-    library.herd_relayout.argtypes = (pointer, pointer, long, long, integer)
-    library.herd_linear.argtypes = (integer, pointer, integer, pointer, long, pointer, long)
-    library.herd_dequantize.argtypes = (integer, pointer, pointer)
-    library.herd_read.argtypes = (pointer, long)
-    for name in ("choose", "set_num_threads", "relayout", "linear", "dequantize", "read"):
-        getattr(library, f"herd_{name}").restype = integer if name == "choose" else None
+    for name, arguments in SIGNATURES.items():
+        function = getattr(library, f"herd_{name}")
+        function.argtypes, function.restype = arguments, None
+    library.herd_choose.restype = ctypes.c_int
     sets = library.herd_instruction_sets().decode().split()
     chosen = sets[0] if instruction_set == "auto" else instruction_set
     if not library.herd_choose(chosen.encode(), DYNAMIC_MAP.data_ptr()):
@@ -109,7 +205,9 @@ def set_num_threads(num_threads: int) -> None:
 
 def default_num_threads() -> int:
     """Physical cores that this process may run on; their second threads add nothing here."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    allowed = (
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
     cores = set()
     for cpu in allowed:
         try:

@@ -12,8 +12,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.decoder import DecoderWeights
 from kernels.int8_linear import Int8Weight
 from kernels.layout import BLOCK, Layout
+from kernels.lora import LoraSlice
+from kernels.native import library as native
+from kernels.native.arguments import (
+    HEAD_MULTIPLE,
+    can_add,
+    has_whole_rows,
+    is_index,
+    is_plain,
+    lora_slices,
+)
+from kernels.native.decoder import NativeDecoder
 from kernels.native.library import (
     DTYPES,
     Arena,
@@ -114,3 +126,185 @@ class NativeOperations:
             DTYPES[x.dtype], array, len(matrices), x.data_ptr(), len(x), y.data_ptr(), width
         )
         return y
+
+    # Between the products.
+
+    def accepts_rms_norm(self, x: Tensor, weight: Tensor, *_: object) -> bool:
+        """Whether rms_norm can run."""
+        return is_plain(x, weight)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """kernels/fused.py's rms_norm."""
+        out = torch.empty_like(x)
+        size = x.shape[-1]
+        self._library.herd_rms_norm(
+            DTYPES[x.dtype], x.data_ptr(), weight.data_ptr(), eps, x.numel() // size, size,
+            out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def accepts_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, *_: object) -> bool:
+        """Whether add_rms_norm can run."""
+        return is_plain(x, residual, weight)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """kernels/fused.py's add_rms_norm."""
+        out, sums = torch.empty_like(x), torch.empty_like(x)
+        size = x.shape[-1]
+        self._library.herd_add_rms_norm(
+            DTYPES[x.dtype], x.data_ptr(), residual.data_ptr(), weight.data_ptr(), eps,
+            x.numel() // size, size, out.data_ptr(), sums.data_ptr(),
+        )  # fmt: skip
+        return out, sums
+
+    def accepts_apply_rotary(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+        """Whether apply_rotary can run."""
+        floats = cos.dtype == sin.dtype == torch.float32
+        return floats and is_plain(cos, sin) and has_whole_rows(q) and has_whole_rows(k)
+
+    def apply_rotary(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """kernels/fused.py's apply_rotary."""
+        return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
+
+    def _rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        out = x.new_empty(x.shape)
+        self._library.herd_rotate(
+            DTYPES[x.dtype], x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), *x.shape,
+            out.data_ptr(),
+        )  # fmt: skip
+        return out
+
+    def accepts_silu_and_mul(self, gate_up: Tensor) -> bool:
+        """Whether silu_and_mul can run."""
+        return is_plain(gate_up) and gate_up.dim() == 2
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """kernels/fused.py's silu_and_mul."""
+        num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty(num_tokens, size)
+        self._library.herd_silu_and_mul(
+            DTYPES[gate_up.dtype], gate_up.data_ptr(), num_tokens, size, out.data_ptr()
+        )
+        return out
+
+    # The KV cache.
+
+    def accepts_write_kv_cache(
+        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+    ) -> bool:
+        """Whether write_kv_cache can run."""
+        return (
+            is_plain(k_cache, v_cache)
+            and k.dtype == v.dtype == k_cache.dtype == v_cache.dtype
+            and has_whole_rows(k)
+            and has_whole_rows(v)
+            and slot_mapping.is_contiguous()
+        )
+
+    def write_kv_cache(
+        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """kernels/paged_attention.py's write_kv_cache."""
+        num_tokens, num_kv_heads, head_dim = k.shape
+        self._library.herd_write_kv(
+            DTYPES[k.dtype], k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0),
+            k_cache.data_ptr(), v_cache.data_ptr(), slot_mapping.data_ptr(), num_tokens,
+            num_kv_heads * head_dim,
+        )  # fmt: skip
+
+    def accepts_paged_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        cu_seqlens_q: Tensor,
+        *_: object,
+    ) -> bool:
+        """Whether paged_attention can run."""
+        return (
+            is_plain(k_cache, v_cache)
+            and q.dtype == k_cache.dtype == v_cache.dtype
+            and has_whole_rows(q)
+            and q.shape[2] % HEAD_MULTIPLE == 0
+            and is_index(block_tables)
+            and is_index(context_lens)
+            and is_index(cu_seqlens_q)
+        )
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+        cu_seqlens_q: Tensor,
+        scale: float,
+        sliding_window: int | None,
+    ) -> Tensor:
+        """kernels/paged_attention.py's paged_attention."""
+        out = q.new_empty(q.shape)
+        _, block_size, num_kv_heads, head_dim = k_cache.shape
+        call = native.Attention(
+            q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(),
+            block_tables.data_ptr(), context_lens.data_ptr(), cu_seqlens_q.data_ptr(),
+            q.stride(0), out.stride(0), block_tables.shape[1], len(context_lens),
+            q.shape[1], num_kv_heads, head_dim, block_size, sliding_window or 0, scale,
+        )  # fmt: skip
+        self._library.herd_attention(DTYPES[q.dtype], ctypes.addressof(call))
+        return out
+
+    # All layers of a step.
+
+    def accepts_prepare_decoder(self, weights: DecoderWeights) -> bool:
+        """Whether all layers can run in one call."""
+        return NativeDecoder.accepts_weights(weights)
+
+    def prepare_decoder(self, weights: DecoderWeights) -> NativeDecoder:
+        """kernels/decoder.py's prepare_decoder."""
+        return NativeDecoder(self._library, weights)
+
+    # Adapters.
+
+    def accepts_add_lora(
+        self,
+        y: Tensor,
+        x: Tensor,
+        slices: Sequence[LoraSlice],
+        lora_indices: Tensor,
+        lora_scales: Tensor,
+    ) -> bool:
+        """Whether add_lora can run."""
+        return (
+            is_plain(x)
+            and y.dtype == x.dtype
+            and y.stride(1) == 1
+            and x.shape[1] % BLOCK == 0
+            and is_index(lora_indices)
+            and lora_scales.dtype == torch.float32
+            and lora_scales.is_contiguous()
+            and len({len(part.rows) for part in slices}) == 1
+            and all(can_add(part, x.dtype) for part in slices)
+        )
+
+    def add_lora(
+        self,
+        y: Tensor,
+        x: Tensor,
+        slices: Sequence[LoraSlice],
+        lora_indices: Tensor,
+        lora_scales: Tensor,
+    ) -> None:
+        """kernels/lora.py's add_lora."""
+        parts, _pairs = lora_slices(slices)
+        tokens = native.LoraTokens(
+            lora_indices.data_ptr(), lora_scales.data_ptr(), len(slices[0].rows)
+        )
+        self._library.herd_add_lora(
+            DTYPES[x.dtype], y.data_ptr(), y.stride(0), x.data_ptr(), *x.shape,
+            ctypes.addressof(parts), len(slices), ctypes.addressof(tokens),
+        )  # fmt: skip

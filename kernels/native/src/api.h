@@ -20,6 +20,77 @@ struct Matrix {
   int32_t group_size;         // a multiple of 64
 };
 
+// One adapter's low-rank pair for one slice: y += scale * (x a^T) b^T. Dtype: the activations'.
+struct LoraPair {
+  const void* a;  // [rank, in], or null: the adapter leaves the slice alone
+  const void* b;  // [stop - start, rank]
+  int64_t rank;
+};
+
+// What the adapters do to columns start .. stop of a projection's output.
+struct LoraSlice {
+  const LoraPair* rows;  // [num_rows], by lora index
+  int64_t start, stop;
+};
+
+// The adapters of a step's tokens.
+struct LoraTokens {
+  const int32_t* indices;  // [num_tokens], -1 = none
+  const float* scales;     // [num_tokens]
+  int64_t num_rows;        // of the pool
+};
+
+struct Attention {
+  const void* q;
+  const void* k_cache;  // [num_blocks, block_size, num_kv_heads, head_dim]
+  const void* v_cache;
+  void* out;
+  const int32_t* block_tables;  // [num_seqs, table_stride]
+  const int32_t* context_lens;  // [num_seqs]
+  const int32_t* cu_seqlens_q;  // [num_seqs + 1]
+  int64_t q_stride, out_stride, table_stride, num_seqs;
+  int64_t num_heads, num_kv_heads, head_dim, block_size;
+  int64_t sliding_window;  // 0: none
+  float scale;
+};
+
+// The decoder, described once.
+struct Projection {
+  const Matrix* slices;
+  int64_t num_slices;
+};
+struct Layer {
+  Projection qkv, o, gate_up, down;
+  const void* input_norm;   // [hidden_size]
+  const void* post_norm;
+  const void* q_norm;       // [head_dim], or null, as k_norm
+  const void* k_norm;
+  int64_t sliding_window;   // 0: none
+};
+struct Decoder {
+  const Layer* layers;
+  const void* norm;
+  int64_t dtype, num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim;
+  float eps, scale;
+};
+
+// One step of it.
+struct Step {
+  void* hidden;  // [num_tokens, hidden_size]: embedded tokens in, the last norm's output back
+  const float* cos;  // [num_tokens, head_dim / 2]
+  const float* sin;
+  const int64_t* slot_mapping;  // [num_tokens]
+  const int32_t* block_tables;
+  const int32_t* context_lens;
+  const int32_t* cu_seqlens_q;
+  void* const* caches;              // [2 * num_layers]: k_cache, v_cache of each layer
+  const LoraSlice* const* adapters; // [4 * num_layers] by projection, null where there is none; or
+                                    // null without adapters
+  const int64_t* num_adapted;       // [4 * num_layers]: slices of each
+  LoraTokens tokens;
+  int64_t num_tokens, num_seqs, table_stride, block_size;
+};
+
 extern const float* dynamic_map;  // [256], what the 8-bit code of a scale stands for
 
 // The operations of one instruction set. x is contiguous; strides are in elements.
@@ -28,6 +99,20 @@ struct Kernels {
   void (*linear)(int32_t dtype, const Matrix* slices, int num_slices, const void* x,
                  long num_tokens, void* y, long y_stride);
   void (*dequantize)(int32_t dtype, const Matrix* matrix, void* out);
+  void (*rms_norm)(int32_t dtype, const void* x, const void* weight, float eps, long num_rows,
+                   long size, void* out);
+  void (*add_rms_norm)(int32_t dtype, const void* x, const void* residual, const void* weight,
+                       float eps, long num_rows, long size, void* out, void* sums);
+  void (*rotate)(int32_t dtype, const void* x, long x_stride, const float* cos, const float* sin,
+                 long num_tokens, long num_heads, long head_dim, void* out);
+  void (*silu_and_mul)(int32_t dtype, const void* gate_up, long num_tokens, long size, void* out);
+  void (*write_kv)(int32_t dtype, const void* k, const void* v, long k_stride, long v_stride,
+                   void* k_cache, void* v_cache, const int64_t* slots, long num_tokens, long size);
+  void (*attention)(int32_t dtype, const Attention* call);
+  void (*add_lora)(int32_t dtype, void* y, long y_stride, const void* x, long num_tokens,
+                   long in_features, const LoraSlice* slices, long num_slices,
+                   const LoraTokens* tokens);
+  void (*decode)(const Decoder* decoder, const Step* step);
   void (*read)(const void* from, long num_bytes);
 };
 

@@ -120,3 +120,47 @@ HERD_EXPORT void herd_dequantize(int dtype, const herd::Matrix* matrix, void* ou
 HERD_EXPORT void herd_read(const void* from, long num_bytes) {
   herd::chosen->read(from, num_bytes);
 }
+
+HERD_EXPORT void herd_rms_norm(int dtype, const void* x, const void* weight, float eps,
+                               long num_rows, long size, void* out) {
+  herd::chosen->rms_norm(dtype, x, weight, eps, num_rows, size, out);
+}
+
+HERD_EXPORT void herd_add_rms_norm(int dtype, const void* x, const void* residual,
+                                   const void* weight, float eps, long num_rows, long size,
+                                   void* out, void* sums) {
+  herd::chosen->add_rms_norm(dtype, x, residual, weight, eps, num_rows, size, out, sums);
+}
+
+HERD_EXPORT void herd_rotate(int dtype, const void* x, long x_stride, const float* cos,
+                             const float* sin, long num_tokens, long num_heads, long head_dim,
+                             void* out) {
+  herd::chosen->rotate(dtype, x, x_stride, cos, sin, num_tokens, num_heads, head_dim, out);
+}
+
+HERD_EXPORT void herd_silu_and_mul(int dtype, const void* gate_up, long num_tokens, long size,
+                                   void* out) {
+  herd::chosen->silu_and_mul(dtype, gate_up, num_tokens, size, out);
+}
+
+HERD_EXPORT void herd_write_kv(int dtype, const void* k, const void* v, long k_stride,
+                               long v_stride, void* k_cache, void* v_cache, const int64_t* slots,
+                               long num_tokens, long size) {
+  herd::chosen->write_kv(dtype, k, v, k_stride, v_stride, k_cache, v_cache, slots, num_tokens,
+                         size);
+}
+
+HERD_EXPORT void herd_attention(int dtype, const herd::Attention* call) {
+  herd::chosen->attention(dtype, call);
+}
+
+HERD_EXPORT void herd_add_lora(int dtype, void* y, long y_stride, const void* x, long num_tokens,
+                               long in_features, const herd::LoraSlice* slices, long num_slices,
+                               const herd::LoraTokens* tokens) {
+  herd::chosen->add_lora(dtype, y, y_stride, x, num_tokens, in_features, slices, num_slices,
+                         tokens);
+}
+
+HERD_EXPORT void herd_decode(const herd::Decoder* decoder, const herd::Step* step) {
+  herd::chosen->decode(decoder, step);
+}

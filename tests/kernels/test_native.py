@@ -1,0 +1,125 @@
+"""The native CPU kernels against the references, on every instruction set that this machine runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.layout import relayout_reference
+from kernels.linear import linear_reference
+from kernels.native.build import BuildError
+from kernels.native.library import default_num_threads, load
+from kernels.native.operations import NativeOperations
+from kernels.nf4 import dequantize_4bit_reference, quantize_4bit
+from kernels.nf4_linear import nf4_linear_reference
+
+try:
+    LIBRARY = load("auto")
+    SETS = LIBRARY.herd_instruction_sets().decode().split()
+except BuildError as error:
+    pytest.skip(f"no native kernels: {error}", allow_module_level=True)
+
+SHAPES = [(8, 64), (13, 128), (1, 192), (50, 448)]
+DTYPES = [torch.float32, torch.bfloat16]
+NUM_TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 13, 33]
+NOISE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
+"""Of the largest value: sums in another order, rounded once."""
+
+
+@pytest.fixture(params=SETS)
+def native(request):
+    """The operations on one instruction set."""
+    yield NativeOperations(load(request.param))
+    load("auto")
+
+
+def random(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + 7 * shape[0])
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    largest = expected.float().abs().max().item() if expected.numel() else 0.0
+    atol = NOISE[expected.dtype] * largest
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=0.0, atol=atol)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layout_is_reversible_and_equals_the_reference(native, shape):
+    weight = quantize_4bit(random(*shape))
+    ours = native.relayout(weight.packed, shape, "interleaved")
+    assert torch.equal(ours, relayout_reference(weight.packed, shape, "interleaved"))
+    assert torch.equal(native.relayout(ours, shape, "stock"), weight.packed)
+    assert torch.equal(relayout_reference(ours, shape, "stock"), weight.packed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{}, {"quant_type": "fp4"}, {"double_quant": False}])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dequantised_weights_equal_the_reference_to_the_bit(native, shape, options, dtype):
+    weight = quantize_4bit(random(*shape, dtype=torch.bfloat16), **options)
+    ours = native.dequantize_4bit(native.prepare_weight(weight), dtype)
+    assert torch.equal(ours, dequantize_4bit_reference(weight, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
+def test_nf4_linear_equals_the_reference(native, num_tokens, dtype):
+    x = random(num_tokens, 192, dtype=dtype)
+    weights = [
+        quantize_4bit(random(24, 192)),
+        quantize_4bit(random(9, 192), quant_type="fp4"),
+        quantize_4bit(random(3, 192), double_quant=False, group_size=64),
+    ]
+    biases = [random(24, dtype=dtype), None, random(3, dtype=dtype)]
+    actual = native.nf4_linear(x, [native.prepare_weight(w) for w in weights], biases)
+    assert_close(actual, nf4_linear_reference(x, weights, biases))
+
+
+def test_wide_groups_share_a_scale(native):
+    weight = quantize_4bit(random(10, 512), group_size=256)
+    x = random(2, 512, dtype=torch.bfloat16)
+    actual = native.nf4_linear(x, [native.prepare_weight(weight)], [None])
+    assert_close(actual, nf4_linear_reference(x, [weight], [None]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
+def test_linear_equals_the_reference(native, num_tokens, dtype):
+    x, weight = random(num_tokens, 128, dtype=dtype), random(37, 128, dtype=dtype)
+    bias = random(37, dtype=dtype)
+    assert_close(native.linear(x, weight, bias), linear_reference(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [192, 4160])  # the longer one in stretches
+def test_a_token_has_the_same_bits_in_any_company(native, width, dtype):
+    x = random(70, width, dtype=dtype)
+    weight = native.prepare_weight(quantize_4bit(random(27, width)))
+    dense = random(27, width, dtype=dtype)
+    quantized_alone = torch.cat([native.nf4_linear(row[None], [weight], [None]) for row in x])
+    dense_alone = torch.cat([native.linear(row[None], dense, None) for row in x])
+    for num_tokens in (*range(2, 21), 70):
+        together = native.nf4_linear(x[:num_tokens], [weight], [None])
+        assert torch.equal(together, quantized_alone[:num_tokens])
+        assert torch.equal(native.linear(x[:num_tokens], dense, None), dense_alone[:num_tokens])
+
+
+def test_results_do_not_depend_on_the_number_of_threads(native):
+    x = random(5, 1024, dtype=torch.bfloat16)
+    weight = native.prepare_weight(quantize_4bit(random(1000, 1024)))
+    results = []
+    for num_threads in (1, 2, 5):
+        LIBRARY.herd_set_num_threads(num_threads)
+        results.append(native.nf4_linear(x, [weight], [None]))
+    LIBRARY.herd_set_num_threads(default_num_threads())
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_groups_that_span_rows_are_left_to_the_reference(native):
+    assert not native.accepts_prepare_weight(quantize_4bit(random(8, 96)))
+    assert not native.accepts_prepare_weight(quantize_4bit(random(8, 64), group_size=128))
+    assert not native.accepts_prepare_weight(quantize_4bit(random(8, 64), group_size=32))
+    assert not native.accepts_linear(random(1, 72), random(8, 72))
+    assert not native.accepts_linear(random(1, 64).half(), random(8, 64).half())
