@@ -11,8 +11,8 @@ logger = logging.getLogger(__name__)
 
 OPERATIONS = (
     "relayout", "prepare_weight", "dequantize_4bit", "nf4_linear", "linear", "int8_linear",
-    "rms_norm",    "add_rms_norm", "apply_rotary", "silu_and_mul", "write_kv_cache", "paged_attention", "add_lora",
-    "prepare_decoder",
+    "rms_norm", "add_rms_norm", "apply_rotary", "silu_and_mul", "write_kv_cache", "paged_attention",
+    "add_lora", "prepare_decoder",
 )  # fmt: skip
 
 
