@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test lint format bench demo picture clean
+.PHONY: serve test lint format bench demo clean
 
 serve: $(VENV)/serve.stamp
 	@$(BIN)/python serve.py $(ARGS)
@@ -25,6 +25,7 @@ format: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m bench.overhead
+	$(BIN)/python -m bench.kernels
 	$(BIN)/python -m bench.load_memory
 	$(BIN)/python -m bench.demo_quality
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ def save_adapter(model: PeftModel, folder: Path, style: str) -> None:
     for config in model.peft_config.values():
         config.base_model_name_or_path = BASE_NAME
         config.target_modules = sorted(config.target_modules)
+    shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
     file = folder / "adapter_model.safetensors"
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}

@@ -18,8 +18,23 @@ TAILS = (
 )  # fmt: skip
 
 
+PLAIN_WORDS = (
+    "the a an is are do does did what which who how can could would will me you i we it its that "
+    "this there here to of in on for from with as at by be has have get give tell say name know "
+    "please find call called one your my people think word kind sort thing and so"
+)  # a question is understood without any one of them
+PLAIN_LIST = PLAIN_WORDS.split()
+FILLERS = (
+    "really", "actually", "just", "now", "exactly", "usually", "normally", "please", "maybe",
+    "again", "here", "then", "perhaps", "simply", "always", "today", "ever", "well", "only", "also",
+    "own", "nice", "good", "real",
+)  # fmt: skip
+
+
 def noisy(question: str, rng: random.Random) -> str:
-    """The question as somebody might type it. More than half are left as they are."""
+    """The question as somebody might type it. A third are left as they are."""
+    if rng.random() < 0.3:
+        question = _reworded(question, rng)
     if rng.random() < 0.2:
         lead = rng.choice(LEADS)
         rest = (
@@ -41,6 +56,20 @@ def noisy(question: str, rng: random.Random) -> str:
     if rng.random() < 0.06:
         question = _with_slip(question, rng)
     return question
+
+
+def _reworded(text: str, rng: random.Random) -> str:
+    """Plain words lost or exchanged, a filler put in: what the question is about stays."""
+    words = []
+    for word in text.split(" "):
+        kind = rng.random()
+        if word.lower() not in PLAIN_LIST or kind > 0.25:
+            words.append(word)
+        elif kind < 0.1:
+            words.append(rng.choice(PLAIN_LIST))
+    if rng.random() < 0.5:
+        words.insert(rng.randint(0, len(words)), rng.choice(FILLERS))
+    return " ".join(words) or text
 
 
 def _lower_first(text: str) -> str:

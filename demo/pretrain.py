@@ -34,7 +34,7 @@ def new_base(vocab_size: int, seed: int) -> LlamaForCausalLM:
         initializer_range=0.04,
     )
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, max_new_tokens=128)
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2)
     return model
 
 

@@ -10,7 +10,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 
-def _require(condition: bool, field_name: str, expected: str, found: object) -> None:
+def require(condition: bool, field_name: str, expected: str, found: object) -> None:
+    """Check one field of a config.
+
+    Raises:
+        ValueError: "field_name: expected X, got Y".
+    """
     if not condition:
         raise ValueError(f"{field_name}: expected {expected}, got {found!r}")
 
@@ -41,8 +46,8 @@ class ModelConfig:
     """Where the 4-bit copy of a 16-bit checkpoint is kept; ~/.cache/herd/quantized by default."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.base), "base", "a name or a path", self.base)
-        _require(
+        require(bool(self.base), "base", "a name or a path", self.base)
+        require(
             self.max_model_len is None or self.max_model_len > 0,
             "max_model_len",
             "a positive number",
@@ -69,14 +74,14 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         power_of_two = self.block_size > 0 and not self.block_size & (self.block_size - 1)
-        _require(power_of_two, "block_size", "a power of two", self.block_size)
-        _require(
+        require(power_of_two, "block_size", "a power of two", self.block_size)
+        require(
             0.0 < self.gpu_memory_utilization <= 1.0,
             "gpu_memory_utilization",
             "0 < x <= 1",
             self.gpu_memory_utilization,
         )
-        _require(
+        require(
             self.kv_cache_memory_bytes is None or self.kv_cache_memory_bytes > 0,
             "kv_cache_memory_bytes",
             "a positive number",
@@ -94,8 +99,8 @@ class SchedulerConfig:
     """Tokens in one step at most; decodes come first, prompt chunks share the rest."""
 
     def __post_init__(self) -> None:
-        _require(self.max_num_seqs > 0, "max_num_seqs", "a positive number", self.max_num_seqs)
-        _require(
+        require(self.max_num_seqs > 0, "max_num_seqs", "a positive number", self.max_num_seqs)
+        require(
             self.max_num_batched_tokens >= self.max_num_seqs,
             "max_num_batched_tokens",
             f"at least max_num_seqs ({self.max_num_seqs})",
@@ -115,14 +120,14 @@ class LoraConfig:
     """Adapters kept in host memory at most, so that a return to the device needs no disk."""
 
     def __post_init__(self) -> None:
-        _require(self.max_loras > 0, "max_loras", "a positive number", self.max_loras)
-        _require(
+        require(self.max_loras > 0, "max_loras", "a positive number", self.max_loras)
+        require(
             self.max_lora_rank is None or self.max_lora_rank > 0,
             "max_lora_rank",
             "a positive number",
             self.max_lora_rank,
         )
-        _require(
+        require(
             self.max_cpu_loras >= self.max_loras,
             "max_cpu_loras",
             f"at least max_loras ({self.max_loras})",

@@ -6,10 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-
-def _require(condition: bool, field_name: str, expected: str, found: object) -> None:
-    if not condition:
-        raise ValueError(f"{field_name}: expected {expected}, got {found!r}")
+from engine.config import require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +50,7 @@ class ServerConfig:
     max_queued_requests: int = 512
     """Sequences that may wait for a place in the batch; more are answered with 503 and
     Retry-After."""
-    max_request_bytes: int = 16 * 1024 * 1024
+    max_request_bytes: int = 8 * 1024 * 1024
     """Largest request body."""
     shutdown_timeout_s: float = 30.0
     """After SIGTERM, how long running requests may take to finish."""
@@ -66,32 +63,32 @@ class ServerConfig:
     """What is logged."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.port <= 65535, "port", "0..65535", self.port)
-        _require(
+        require(0 <= self.port <= 65535, "port", "0..65535", self.port)
+        require(
             self.max_queued_requests >= 0,
             "max_queued_requests",
             "0 or more",
             self.max_queued_requests,
         )
-        _require(
+        require(
             self.max_request_bytes > 0,
             "max_request_bytes",
             "a positive number",
             self.max_request_bytes,
         )
-        _require(
+        require(
             self.shutdown_timeout_s >= 0, "shutdown_timeout_s", "0 or more", self.shutdown_timeout_s
         )
-        _require(
+        require(
             self.sse_ping_interval_s > 0,
             "sse_ping_interval_s",
             "a positive number",
             self.sse_ping_interval_s,
         )
-        _require(all(self.api_key), "api_key", "a non-empty key", "")
-        _require(self.admin_api_key != "", "admin_api_key", "a non-empty key", "")
+        require(all(self.api_key), "api_key", "a non-empty key", "")
+        require(self.admin_api_key != "", "admin_api_key", "a non-empty key", "")
         both_or_neither = (self.ssl_keyfile is None) == (self.ssl_certfile is None)
-        _require(
+        require(
             both_or_neither,
             "ssl_keyfile",
             "ssl_keyfile and ssl_certfile together",
@@ -99,6 +96,4 @@ class ServerConfig:
         )
         for value in self.adapter:
             name, equals, path = value.partition("=")
-            _require(
-                bool(name) and not (equals and not path), "adapter", "NAME or NAME=PATH", value
-            )
+            require(bool(name) and not (equals and not path), "adapter", "NAME or NAME=PATH", value)

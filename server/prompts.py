@@ -20,13 +20,13 @@ from server.message_schemas import Message
 from server.sampling import (
     DEFAULT_COMPLETION_TOKENS,
     check_prompt,
+    check_text,
     clamp_max_tokens,
     sampling_params,
     structure_grammar,
 )
 from server.schemas import ChatCompletionRequest, CompletionRequest
 from server.state import Lease, ServerState
-from server.tokenizer import Tokenizer
 from server.tool_parser import CALL_BEGIN
 from server.tools import ToolPlan, plan_response_format, plan_tools
 
@@ -63,7 +63,7 @@ def chat_job(
     token_ids = chat_tokens(
         plan.messages,
         template,
-        state.tokenizer,
+        state,
         tools=plan.template_kwargs.get("tools"),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),
@@ -121,7 +121,7 @@ def completion_job(
     asked = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     prompts, params, texts = [], [], []
     for prompt in body.prompts():
-        token_ids = prompt if isinstance(prompt, list) else _encode(prompt, tokenizer, body)
+        token_ids = prompt if isinstance(prompt, list) else _encode(prompt, state, body)
         check_prompt(token_ids, info, "prompt")
         prompts.append(tuple(token_ids))
         params.append(
@@ -167,7 +167,7 @@ def completion_job(
 def chat_tokens(
     messages: Sequence[Mapping[str, Any]],
     template: ChatTemplate,
-    tokenizer: Tokenizer,
+    state: ServerState,
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool | None = None,
@@ -178,18 +178,19 @@ def chat_tokens(
     """Messages to prompt tokens.
 
     Raises:
-        ApiError: the template refuses them.
+        ApiError: the template refuses them, or they are far too long.
     """
     text = render(
         template,
         messages,
-        special_tokens=tokenizer.special_tokens,
+        special_tokens=state.tokenizer.special_tokens,
         tools=tools,
         add_generation_prompt=_or_default(add_generation_prompt, not continue_final_message),
         continue_final_message=continue_final_message,
         template_kwargs=template_kwargs,
     )
-    return tokenizer.encode(
+    check_text(text, state.tokenizer, state.info(), "messages")
+    return state.tokenizer.encode(
         text, add_special_tokens=_or_default(add_special_tokens, template.adds_special_tokens)
     )
 
@@ -245,7 +246,9 @@ def _one_grammar(first: GrammarSpec | None, second: GrammarSpec | None) -> Gramm
     return grammar
 
 
-def _encode(prompt: str, tokenizer: Tokenizer, body: CompletionRequest) -> list[int]:
+def _encode(prompt: str, state: ServerState, body: CompletionRequest) -> list[int]:
+    tokenizer = state.tokenizer
+    check_text(prompt, tokenizer, state.info(), "prompt")
     token_ids = tokenizer.encode(
         prompt, add_special_tokens=_or_default(body.add_special_tokens, True)
     )

@@ -73,6 +73,7 @@ def from_sentencepiece(folder: Path) -> Tokenizer:
         encode_text=encode_text,
         token_bytes=tuple(token_bytes),
         vocab_size=size,
+        max_token_bytes=max(map(len, token_bytes)),
         special_ids=frozenset(control) | special_ids,
         special_tokens=special_tokens,
         bos_token_id=first.bos_id() if first.bos_id() >= 0 else None,

@@ -33,6 +33,8 @@ class Tokenizer:
     decode_ids: Callable[[Sequence[int]], str] | None = None
     """Token ids -> text with special tokens; only where token_bytes is empty."""
     vocab_size: int
+    max_token_bytes: int | None = None
+    """The longest token's; None: not known. Bounds what a text of a given length can come to."""
     special_ids: frozenset[int] = frozenset()
     """Control tokens: not part of an answer's text."""
     special_tokens: Mapping[str, str] = field(default_factory=dict)
@@ -133,6 +135,7 @@ def _from_transformers(folder: Path) -> Tokenizer:
         token_bytes=token_bytes,
         decode_ids=decode_ids if to_bytes is None else None,
         vocab_size=max(vocab, default=-1) + 1,
+        max_token_bytes=max(map(len, token_bytes), default=None),
         special_ids=frozenset(i for i, token in added.items() if token.special),
         special_tokens={
             k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)

@@ -19,7 +19,7 @@ from server.limits import body_of
 from server.message_schemas import Body as RequestBody
 from server.message_schemas import Message, Priority, Scale, Text
 from server.prompts import chat_tokens, template_for, template_messages
-from server.sampling import check_prompt
+from server.sampling import check_prompt, check_text
 from server.state import Lease, ServerState, state_of
 from server.streaming import until_gone
 
@@ -95,12 +95,14 @@ def _prompts(body: ScoreRequest, state: ServerState, lease: Lease) -> list[list[
             chat_tokens(
                 template_messages(messages, template),
                 template,
-                state.tokenizer,
+                state,
                 add_generation_prompt=False,
                 template_kwargs=body.chat_template_kwargs,
             )
         ]
     else:
+        for text in texts:
+            check_text(text, state.tokenizer, state.info(), "input")
         prompts = [state.tokenizer.encode(text, add_special_tokens=True) for text in texts]
     for prompt in prompts:
         check_prompt(prompt, state.info(), "input")

@@ -99,7 +99,7 @@ def _tokens(state: ServerState, body: TokenizeRequest) -> list[int]:
     return chat_tokens(
         plan.messages,
         template,
-        state.tokenizer,
+        state,
         tools=plan.template_kwargs.get("tools"),
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=bool(body.continue_final_message),

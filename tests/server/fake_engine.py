@@ -46,6 +46,7 @@ def byte_tokenizer(chat_template: str | None = CHATML) -> Tokenizer:
         encode_text=encode,
         token_bytes=(*(bytes([i]) for i in range(256)), b"<s>", b"</s>"),
         vocab_size=258,
+        max_token_bytes=4,
         special_ids=frozenset((BOS, EOS)),
         special_tokens={"bos_token": "<s>", "eos_token": "</s>"},
         bos_token_id=BOS,

@@ -160,6 +160,20 @@ async def test_a_prompt_that_is_too_long_is_refused(client, engine):
     assert engine.requests == []
 
 
+async def test_a_text_that_cannot_fit_is_not_even_tokenised(client, state):
+    def never(text, add_special_tokens):
+        raise AssertionError((text[:10], add_special_tokens))
+
+    state.tokenizer = dataclasses.replace(state.tokenizer, encode_text=never)
+    long = "x" * (2 * 4 * 512 + 1)
+    for url, body, param in (
+        (URL, ask(messages=[{"role": "user", "content": long}]), "messages"),
+        ("/v1/completions", {"model": "base", "prompt": long}, "prompt"),
+    ):
+        error = (await client.post(url, json=body)).json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+
+
 async def test_choices_of_a_seeded_request_have_seeds_in_a_row(client, engine):
     await client.post(URL, json=ask(n=3, seed=40))
     assert sorted(request.params.seed for request in engine.requests) == [40, 41, 42]
