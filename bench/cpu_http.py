@@ -118,11 +118,13 @@ def main() -> None:
             time.sleep(0.02)
         start_s = time.perf_counter() - started
         pids = children(server.pid)
-        used = processor_s(pids) + time.process_time()
+        start_cpu_s = processor_s(pids)
+        used = start_cpu_s + time.process_time()
         rows: list[dict[str, Any]] = [
             {
                 "kind": "start",
                 "start_s": round(start_s, 2),
+                "start_cpu_s": round(start_cpu_s, 2),
                 "others_cpus": round(max(0.0, (busy_s() - busy - used) / start_s), 2),
             }
         ]
