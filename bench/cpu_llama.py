@@ -151,8 +151,10 @@ class Llama:
         if llama_cpp.llama_set_adapters_lora(self.context, adapters, 1, scales):
             raise SystemExit(f"llama.cpp could not use {path}")
 
-    def run(self, tokens: list[tuple[int, int, bool]]) -> None:
-        """One call: (sequence, position, whether its logits are wanted) each, random token ids."""
+    def run_s(self, tokens: list[tuple[int, int, bool]]) -> float:
+        """Seconds of one call, without its preparation: (sequence, position, whether its logits are
+        wanted) each, random token ids.
+        """
         batch = self._batch
         batch.n_tokens = len(tokens)
         for i, (sequence, position, wants_logits) in enumerate(tokens):
@@ -161,9 +163,11 @@ class Llama:
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = sequence
             batch.logits[i] = wants_logits
+        started = time.perf_counter()
         if llama_cpp.llama_decode(self.context, batch):
             raise SystemExit("llama_decode failed")
         llama_cpp.llama_synchronize(self.context)
+        return time.perf_counter() - started
 
     def clear(self) -> None:
         """Forget all sequences."""
@@ -173,18 +177,16 @@ class Llama:
         """Seconds of num_steps calls in which each of `batch` sequences gets a token."""
         self.clear()
         for sequence in range(batch):
-            self.run([(sequence, i, i == prompt_len - 1) for i in range(prompt_len)])
-        started = time.perf_counter()
-        for step in range(num_steps):
-            self.run([(sequence, prompt_len + step, True) for sequence in range(batch)])
-        return time.perf_counter() - started
+            self.run_s([(sequence, i, i == prompt_len - 1) for i in range(prompt_len)])
+        return sum(
+            self.run_s([(sequence, prompt_len + step, True) for sequence in range(batch)])
+            for step in range(num_steps)
+        )
 
     def prefill_s(self, num_tokens: int) -> float:
         """Seconds for a prompt of num_tokens."""
         self.clear()
-        started = time.perf_counter()
-        self.run([(0, i, i == num_tokens - 1) for i in range(num_tokens)])
-        return time.perf_counter() - started
+        return self.run_s([(0, i, i == num_tokens - 1) for i in range(num_tokens)])
 
 
 def main() -> None:
