@@ -27,6 +27,7 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python -m bench.overhead
 	$(BIN)/python -m bench.kernels
 	$(BIN)/python -m bench.load_memory
+	$(BIN)/python -m bench.cpu_linear
 	$(BIN)/python -m bench.demo_quality
 
 demo: $(VENV)/dev.stamp
@@ -38,11 +39,13 @@ $(VENV)/bin/python:
 
 $(VENV)/serve.stamp: requirements.txt constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --requirement requirements.txt
+	@$(BIN)/python -m kernels.native.build
 	@touch $@
 
 $(VENV)/dev.stamp: requirements-dev.txt requirements.txt constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --requirement requirements-dev.txt
+	@$(BIN)/python -m kernels.native.build
 	@touch $@ $(VENV)/serve.stamp
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) kernels/native/build .pytest_cache .ruff_cache .mypy_cache

@@ -2,8 +2,8 @@
 
 Run      python -m bench.cpu_linear [--quick]
 Writes   bench/results/cpu_linear.json
-Method   the projections of a 1.1B LLaMA (hidden 2048, intermediate 5632, 22 layers, 4 kv heads), each
-         weight its own memory, so that nothing stays in a cache between two uses. One pass
+Method   the projections of a 1.1B LLaMA (hidden 2048, intermediate 5632, 22 layers), each weight
+         its own memory, so that nothing stays in a cache between two uses. One pass
          multiplies all with M tokens; the best of several passes counts. The limit is a stream of
          plain reads over the same bytes with the same threads. Wants an idle machine; the load
          average at the start is in the file.
@@ -22,9 +22,10 @@ from pathlib import Path
 
 import torch
 
-from kernels.native.library import load, set_num_threads
+from kernels.native.library import load
 from kernels.nf4 import NESTED_BLOCK, QuantizedWeight
 from kernels.nf4_linear import nf4_linear, prepare_weight
+from kernels.threads import physical_cores, set_num_threads
 
 RESULT_FILE = Path(__file__).parent / "results" / "cpu_linear.json"
 HIDDEN, KV, INTERMEDIATE, NUM_LAYERS = 2048, 256, 5632, 22
@@ -79,7 +80,7 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, load {os.getloadavg()[0]:.2f}")
     print(f"{num_bytes / 1e9:.3f} GB, {8 * num_bytes / num_products:.3f} bits a weight")
     print(f"{'threads':>7} {'M':>4} {'ms':>8} {'GB/s':>6} {'of limit':>8} {'GFLOP/s':>8}")
-    for num_threads in (1, 2):
+    for num_threads in sorted({1, physical_cores()}):
         set_num_threads(num_threads)
 
         def read() -> None:

@@ -40,6 +40,8 @@ class ModelConfig:
     embedding gets a copy of its own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes a GPU when there is one."""
+    threads: int | None = None
+    """Threads on the CPU; by default as many as there are physical cores."""
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; by default what the model was trained for."""
     quantized_cache_dir: str | None = None
@@ -47,6 +49,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.base), "base", "a name or a path", self.base)
+        require(
+            self.threads is None or self.threads > 0, "threads", "a positive number", self.threads
+        )
         require(
             self.max_model_len is None or self.max_model_len > 0,
             "max_model_len",

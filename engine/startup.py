@@ -27,6 +27,7 @@ from engine.model_config import ModelSpec
 from engine.model_runner import ModelRunner, measure_activation_bytes
 from engine.sampler import Sampler
 from engine.weights import LoadedModel, load_model
+from kernels.threads import set_num_threads
 
 LoadAdapterFiles = Callable[[AdapterRef], LoraWeights]
 Progress = Callable[[str, int, int], None]
@@ -44,6 +45,8 @@ def create_engine(
     """
     started_s = time.perf_counter()
     device = _device(config)
+    if device.type == "cpu":
+        set_num_threads(config.model.threads)
     spec = ModelSpec.from_folder(folder)
     max_model_len = _max_model_len(config, spec.max_context_len)
     if config.cache.kv_cache_memory_bytes is not None:

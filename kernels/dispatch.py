@@ -11,6 +11,7 @@ the best that the machine has by default, and none turns these off.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -54,14 +55,32 @@ def dispatch(operation: str, reference: Callable[..., Result], *args: Any) -> Re
     return reference(*args)
 
 
-@cache
 def _register_all() -> None:
-    """Let those that bring faster implementations register them, at the first call of any."""
-    choice = os.environ.get("HERD_NATIVE_ISA", "auto")
-    if not reference_only() and choice != "none":
-        from kernels.native.register import register_native  # needs this module
+    """Let those that bring faster implementations register them, at the first call of any.
 
-        register_native(choice)
+    Their self-tests come back here, from the same thread; other threads wait for the end.
+    """
+    if _registration.is_done:
+        return
+    with _registration.lock:
+        if _registration.has_begun:
+            return
+        _registration.has_begun = True
+        choice = os.environ.get("HERD_NATIVE_ISA", "auto")
+        if not reference_only() and choice != "none":
+            from kernels.native.register import register_native  # needs this module
+
+            register_native(choice)
+        _registration.is_done = True
+
+
+class _Registration:
+    lock = threading.RLock()
+    has_begun = False
+    is_done = False
+
+
+_registration = _Registration()
 
 
 @cache

@@ -45,7 +45,9 @@ def can_add(part: LoraSlice, dtype: torch.dtype) -> bool:
     return all(row is None or (is_plain(*row) and row[0].dtype == dtype) for row in part.rows)
 
 
-def lora_slices(slices: Sequence[LoraSlice]) -> tuple[ctypes.Array, list[ctypes.Array]]:
+def lora_slices(
+    slices: Sequence[LoraSlice],
+) -> tuple[ctypes.Array[native.LoraSlice], list[ctypes.Array[native.LoraPair]]]:
     """Describe slices to the library: (LoraSlice array, the arrays that it points into)."""
     tables = []
     for part in slices:

@@ -23,9 +23,9 @@ NUM_PROJECTIONS = 4
 class AdapterPlan:
     """The pool's adapters as the library reads them."""
 
-    slices: ctypes.Array
+    slices: ctypes.Array[ctypes.c_void_p]
     """Address of each projection's slices, or null."""
-    counts: ctypes.Array
+    counts: ctypes.Array[ctypes.c_int64]
     num_rows: int
     owned: list[object]
     """What the addresses point into."""
@@ -62,7 +62,7 @@ class NativeDecoder:
             weights.head_dim, weights.eps, weights.head_dim**-0.5,
         )  # fmt: skip
         self._caches_of: Sequence[tuple[Tensor, Tensor]] | None = None
-        self._caches: ctypes.Array | None = None
+        self._caches: ctypes.Array[ctypes.c_void_p] | None = None
 
     def _layer(self, layer: LayerWeights) -> native.Layer:
         projections = []

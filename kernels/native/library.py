@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import threading
 
 import torch
@@ -17,12 +16,12 @@ from kernels.codebooks import DYNAMIC_MAP, codebook
 from kernels.int8_linear import Int8Weight
 from kernels.native.build import build
 from kernels.nf4 import QuantizedWeight
+from kernels.threads import follow_num_threads
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 """api.h's Dtype."""
 ARENA_BYTES = 64 << 20
 HUGE_PAGE_BYTES = 2 << 20
-_loaded: list[ctypes.CDLL] = []
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 SIGNATURES = {
@@ -192,31 +191,8 @@ def load(instruction_set: str) -> ctypes.CDLL:
     chosen = sets[0] if instruction_set == "auto" else instruction_set
     if not library.herd_choose(chosen.encode(), DYNAMIC_MAP.data_ptr()):
         raise ValueError(f"HERD_NATIVE_ISA: expected auto, none or one of {sets}, got {chosen!r}")
-    library.herd_set_num_threads(default_num_threads())
-    _loaded.append(library)
+    follow_num_threads(library.herd_set_num_threads)
     return library
-
-
-def set_num_threads(num_threads: int) -> None:
-    """How many threads the native kernels use, if they are loaded."""
-    if _loaded:
-        _loaded[0].herd_set_num_threads(num_threads)
-
-
-def default_num_threads() -> int:
-    """Physical cores that this process may run on; their second threads add nothing here."""
-    allowed = (
-        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    )
-    cores = set()
-    for cpu in allowed:
-        try:
-            folder = f"/sys/devices/system/cpu/cpu{cpu}/topology"
-            with open(f"{folder}/thread_siblings_list", encoding="ascii") as siblings:
-                cores.add(siblings.read().strip())
-        except OSError:
-            cores.add(str(cpu))
-    return max(1, len(cores))
 
 
 class Arena:

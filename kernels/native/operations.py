@@ -119,8 +119,7 @@ class NativeOperations:
         return self._linear(x, [int8_matrix(weight, bias)], weight.shape[0])
 
     def _linear(self, x: Tensor, matrices: list[Matrix], width: int) -> Tensor:
-        x = x.contiguous()
-        y = x.new_empty(len(x), width)
+        x, y = x.contiguous(), x.new_empty(len(x), width)
         array = (Matrix * len(matrices))(*matrices)
         self._library.herd_linear(
             DTYPES[x.dtype], array, len(matrices), x.data_ptr(), len(x), y.data_ptr(), width

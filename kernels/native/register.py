@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 
-from kernels.dispatch import Implementation, register
+from kernels.dispatch import Implementation, register, unregister
 from kernels.native.build import BuildError
 
 logger = logging.getLogger(__name__)
 
+NAME = "native"
 OPERATIONS = (
     "relayout", "prepare_weight", "dequantize_4bit", "nf4_linear", "linear", "int8_linear",
     "rms_norm", "add_rms_norm", "apply_rotary", "silu_and_mul", "write_kv_cache", "paged_attention",
     "add_lora", "prepare_decoder",
 )  # fmt: skip
+LAYOUT_NEEDS = {"relayout", "dequantize_4bit", "nf4_linear"}
+"""Without all of these a weight keeps the checkpoint's layout."""
 
 
 def register_native(instruction_set: str) -> None:
@@ -27,6 +30,7 @@ def register_native(instruction_set: str) -> None:
     """
     from kernels.native.library import load
     from kernels.native.operations import NativeOperations
+    from kernels.native.self_test import failing_operations
 
     try:
         operations = NativeOperations(load(instruction_set))
@@ -35,4 +39,15 @@ def register_native(instruction_set: str) -> None:
         return
     for name in OPERATIONS:
         run, accepts = getattr(operations, name), getattr(operations, f"accepts_{name}")
-        register(name, Implementation("native", run, accepts))
+        register(name, Implementation(NAME, run, accepts))
+    failing = set(failing_operations(operations))
+    if failing:
+        logger.warning(
+            "Native CPU kernels disagree with the references and are not used: %s. Please report "
+            "this with your processor and compiler.",
+            ", ".join(sorted(failing)),
+        )
+        if failing & LAYOUT_NEEDS:
+            failing |= LAYOUT_NEEDS | {"prepare_weight"}
+        for name in failing | {"prepare_decoder"}:
+            unregister(name, NAME)

@@ -1,4 +1,4 @@
-"""The native CPU kernels against the references, on every instruction set that this machine runs."""
+"""Native products against the references, on every instruction set that this machine runs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 from kernels.layout import relayout_reference
 from kernels.linear import linear_reference
 from kernels.native.build import BuildError
-from kernels.native.library import default_num_threads, load
+from kernels.native.library import load
 from kernels.native.operations import NativeOperations
 from kernels.nf4 import dequantize_4bit_reference, quantize_4bit
 from kernels.nf4_linear import nf4_linear_reference
+from kernels.threads import set_num_threads
 
 try:
     LIBRARY = load("auto")
@@ -109,11 +110,11 @@ def test_a_token_has_the_same_bits_in_any_company(native, width, dtype):
 def test_results_do_not_depend_on_the_number_of_threads(native):
     x = random(5, 1024, dtype=torch.bfloat16)
     weight = native.prepare_weight(quantize_4bit(random(1000, 1024)))
-    results = []
+    before, results = torch.get_num_threads(), []
     for num_threads in (1, 2, 5):
-        LIBRARY.herd_set_num_threads(num_threads)
+        set_num_threads(num_threads)
         results.append(native.nf4_linear(x, [weight], [None]))
-    LIBRARY.herd_set_num_threads(default_num_threads())
+    set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 

@@ -1,4 +1,4 @@
-"""Native norms, rotation, attention and adapters against the references, on every instruction set."""
+"""Native norms, rotation, attention, adapters against the references, on every instruction set."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_silu_and_mul_equals_the_reference(native, size, dtype):
 
 
 def paged_case(head_dim, dtype, *, num_heads=4, num_kv_heads=2, block_size=4):
-    """A mixed batch: single tokens and prompt chunks, blocks in disorder, NaN where nobody looks."""
+    """Single tokens and prompt chunks, blocks in disorder, NaN where nobody may look."""
     lens, new = [1, 70, 9, 200, 64], [1, 1, 9, 33, 2]
     num_blocks = [-(-n // block_size) for n in lens]
     order = torch.randperm(sum(num_blocks), generator=torch.Generator().manual_seed(1)).tolist()

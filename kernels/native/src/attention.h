@@ -9,7 +9,12 @@
 namespace HERD_ISA {
 
 constexpr long kKeys = 64;
-constexpr long kAttentionRows = 16;  // rows of a task, unless one token has more
+constexpr long kAttentionRows = 32;  // rows of a task, unless one token has more
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kQueries = 4;  // rows that share the loads of four keys; AVX2 has 16 registers
+#else
+constexpr int kQueries = 2;
+#endif
 
 template <typename E>
 struct AttentionCall {
@@ -53,15 +58,27 @@ static inline void add_values(const float* p, const float* values, long head_dim
   }
 }
 
-// Four scores: one query with keys j .. j + 4.
-static inline void four_scores(const float* query, const float* keys, long head_dim, float* out) {
-  Vec acc[4];
-  for (int i = 0; i < 4; i++) acc[i] = splat(0.0f);
+// Four scores each of R queries, side by side, with four keys.
+template <int R>
+static inline void four_scores(const float* queries, const float* keys, long head_dim, float* out) {
+  Vec acc[R][4];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) acc[r][i] = splat(0.0f);
   for (long d = 0; d < head_dim; d += Vec::N) {
-    const Vec q = load(query + d);
-    for (int i = 0; i < 4; i++) acc[i] = fma(q, load(keys + i * head_dim + d), acc[i]);
+    Vec k[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) k[i] = load(keys + i * head_dim + d);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const Vec q = load(queries + r * head_dim + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) acc[r][i] = fma(q, k[i], acc[r][i]);
+    }
   }
-  sums(acc[0], acc[1], acc[2], acc[3], out);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) sums(acc[r][0], acc[r][1], acc[r][2], acc[r][3], out + r * kKeys);
 }
 
 // Positions first .. stop of a sequence, widened: float32 [kKeys, head_dim] from position `split`.
@@ -123,14 +140,22 @@ static void attention_task(void* context, long task) {
     if (needed > split || end < split + kKeys) memset(keys, 0, kKeys * head_dim * sizeof(float));
     gather<E>(a, a.k_cache, table, kv_head, split, needed, end, keys);
     gather<E>(a, a.v_cache, table, kv_head, split, needed, end, values);
+    // Of all rows with all keys that a row can see; what a single row cannot is dropped after.
+    const long last = ceil_div(end - split, 4) * 4;
+    for (long j = (needed - split) / 4 * 4; j < last; j += 4) {
+      long r = 0;
+      for (; r + kQueries <= num_rows; r += kQueries)
+        four_scores<kQueries>(queries + r * head_dim, keys + j * head_dim, head_dim,
+                              p + r * kKeys + j);
+      for (; r < num_rows; r++)
+        four_scores<1>(queries + r * head_dim, keys + j * head_dim, head_dim, p + r * kKeys + j);
+    }
     for (long r = 0; r < num_rows; r++) {
       const long position = first_position + r / group;
       const long from = most(0, position - reach + 1 - split);
       const long to = least(kKeys, position + 1 - split);
       if (from >= to) continue;
       float* scores = p + r * kKeys;
-      for (long j = from / 4 * 4; j < to; j += 4)
-        four_scores(queries + r * head_dim, keys + j * head_dim, head_dim, scores + j);
       for (long j = 0; j < from; j++) scores[j] = -3e38f;
       for (long j = to; j < kKeys; j++) scores[j] = -3e38f;
       Vec found = splat(maxima[r]);

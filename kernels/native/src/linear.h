@@ -95,26 +95,42 @@ static inline Table load_table(const float* codebook) {
   return table;
 }
 
-// Scales of the blocks of one row: float32 [in / 64].
-static void decode_scales(const herd::Matrix& m, long row, float* scales) {
-  const long blocks = m.in_features / kBlock, repeat = m.group_size / kBlock;
-  const long groups = blocks / repeat, first = row * groups;
-  if (!m.codes) {
-    for (long i = 0; i < blocks; i++) scales[i] = m.nested_absmax[first + i / repeat];
-    return;
+// The map's values for 8-bit codes, one by one: vector look-ups in a table of 256 are slower, and
+// the volatile stores keep compilers from building vectors out of single loads, which is slower too.
+static void map_codes(const uint8_t* codes, long count, float* values) {
+  const float* map = herd::dynamic_map;
+  volatile float* out = values;
+  long i = 0;
+  for (; i + 8 <= count; i += 8) {
+    uint64_t eight;
+    memcpy(&eight, codes + i, 8);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) out[i + j] = map[eight >> (8 * j) & 255];
   }
-  for (long i = 0; i < groups;) {
-    const long stop = least(groups, ((first + i) / 256 + 1) * 256 - first);
-    const float nested = m.nested_absmax[(first + i) / 256];
-    const long start = i;
-    for (; i < stop; i++) scales[i] = herd::dynamic_map[m.codes[first + i]];
-    for (i = start; i < stop; i++) {
-      const float scale = scales[i] * nested;
-      scales[i] = scale + m.nested_offset;
+  for (; i < count; i++) out[i] = map[codes[i]];
+}
+
+// Scales of the blocks of some rows: float32 [num_rows, in / 64].
+static void decode_scales(const herd::Matrix& m, long row, long num_rows, float* scales) {
+  const long repeat = m.group_size / kBlock, groups = m.in_features / m.group_size;
+  const long first = row * groups, count = num_rows * groups;
+  if (!m.codes) {
+    memcpy(scales, m.nested_absmax + first, count * sizeof(float));
+  } else {
+    map_codes(m.codes + first, count, scales);
+    for (long i = 0; i < count;) {
+      const long stop = least(count, ((first + i) / 256 + 1) * 256 - first);
+      const float nested = m.nested_absmax[(first + i) / 256];
+      for (; i + Vec::N <= stop; i += Vec::N)
+        store(scales + i, load(scales + i) * splat(nested) + splat(m.nested_offset));
+      for (; i < stop; i++) {
+        const float scale = scales[i] * nested;
+        scales[i] = scale + m.nested_offset;
+      }
     }
   }
   if (repeat > 1)
-    for (long i = blocks - 1; i >= 0; i--) scales[i] = scales[i / repeat];
+    for (long i = count * repeat - 1; i >= 0; i--) scales[i] = scales[i / repeat];
 }
 
 // Where results go: y[t * stride + n].
@@ -231,6 +247,7 @@ constexpr int kTileTokens = 4;
 constexpr int kDirectTokens = 4;
 #endif
 
+constexpr int kFewTokens = 32;
 constexpr int kTileSums = kTileRows * kTileTokens;
 constexpr long kStretch = 2048;  // columns of x for a tile's tokens that stay in the first cache
 
@@ -352,15 +369,17 @@ static void nf4_task(const LinearCall<E>& call, const herd::Matrix& m, long firs
   const Table table = load_table(m.codebook);
   float* scales = (float*)herd::scratch(herd::kScales, kRows * blocks * sizeof(float));
   const bool direct = num_tokens <= kDirectTokens;
-  E* panel = direct ? nullptr
-                    : (E*)herd::scratch(herd::kPanel, (stop - first) * k * (long)sizeof(E));
+  const bool is_few = num_tokens <= kFewTokens;  // multiply each group while it is in the first cache
+  const long panel_rows = direct ? 0 : is_few ? kRows : stop - first;
+  E* panel = (E*)herd::scratch(herd::kPanel, panel_rows * k * (long)sizeof(E));
   for (long n = first; n < stop; n += kRows) {
     const long rows = least(kRows, m.out_features - n);
-    for (long r = 0; r < rows; r++) decode_scales(m, n + r, scales + r * blocks);
+    decode_scales(m, n, rows, scales);
     const uint8_t* codes = (const uint8_t*)m.data + n * (k / 2);
     const long stride = rows * kRowBytes;
     if (!direct) {
-      decode_rows<Dot, E>(codes, stride, scales, table, k, rows, panel + (n - first) * k);
+      decode_rows<Dot, E>(codes, stride, scales, table, k, rows, panel + (is_few ? 0 : n - first) * k);
+      if (is_few) dense_panel<Dot, E>(panel, k, x, k, n, rows, num_tokens, out);
       continue;
     }
     long r = 0;
@@ -384,7 +403,8 @@ static void nf4_task(const LinearCall<E>& call, const herd::Matrix& m, long firs
                                    n + r, num_tokens, out);
     }
   }
-  if (!direct) dense_panel<Dot, E>(panel, k, x, k, first, stop - first, num_tokens, out);
+  if (!direct && !is_few)
+    dense_panel<Dot, E>(panel, k, x, k, first, stop - first, num_tokens, out);
 }
 
 template <class Dot, typename E>
@@ -480,7 +500,7 @@ static void dequantize_task(void* context, long task) {
   const long k = m.in_features, blocks = k / kBlock, n = task * kRows;
   const long rows = least(kRows, m.out_features - n);
   float* scales = (float*)herd::scratch(herd::kScales, kRows * blocks * (long)sizeof(float));
-  for (long r = 0; r < rows; r++) decode_scales(m, n + r, scales + r * blocks);
+  decode_scales(m, n, rows, scales);
   decode_rows<Dot, E>((const uint8_t*)m.data + n * (k / 2), rows * kRowBytes, scales,
                       load_table(m.codebook), k, rows, call.out + n * k);
 }

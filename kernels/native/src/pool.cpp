@@ -30,6 +30,12 @@ constexpr long kMaxTasks = 1 << 20;  // 20 bits each for next and end leave 24 f
 // between two calls of a step, shorter than anything a person or a battery would notice.
 constexpr auto kWatch = std::chrono::microseconds(60);
 
+// A machine that others use too takes a worker's processor away in the middle of a task, and the
+// caller waits for milliseconds. A loop that ends with such a wait makes the caller work alone for
+// some loops; the more often, the more.
+constexpr auto kStall = std::chrono::microseconds(200);
+constexpr int kLeastAlone = 16, kMostAlone = 1024;
+
 struct alignas(64) Range {
   std::atomic<uint64_t> word{0};
 };
@@ -49,7 +55,9 @@ struct State {
   pid_t pid = getpid();
   std::atomic<int> num_threads{1};
   int num_started = 0;
-  bool stop = false;
+  int num_alone = 0;             // loops still to be run by the caller alone
+  int penalty = kLeastAlone;     // and how many after the next stall
+  int num_smooth = 0;            // shared loops since the last stall
 
   // The running loop. Written only between loops, by the caller.
   Task task = nullptr;
@@ -139,6 +147,14 @@ void run(Task task, void* context, long num_tasks) {
     return;
   }
   in_loop = true;
+  if (state->num_alone > 0) {
+    state->num_alone--;
+    for (long i = 0; i < num_tasks; i++) task(context, i);
+    in_loop = false;
+    state->callers.unlock();
+    return;
+  }
+  const auto started = std::chrono::steady_clock::now();
   const uint64_t loop = state->loop.load(std::memory_order_relaxed) + 1;
   state->task = task;
   state->context = context;
@@ -154,10 +170,21 @@ void run(Task task, void* context, long num_tasks) {
     state->wake.notify_all();
   }
   work(0, loop);
-  for (int spins = 0; state->num_left.load(std::memory_order_acquire) > 0; spins++) {
-    HERD_PAUSE();
-    if ((spins & 1023) == 1023) std::this_thread::yield();
+  if (state->num_left.load(std::memory_order_acquire) > 0) {
+    const auto waiting = std::chrono::steady_clock::now();
+    for (int spins = 0; state->num_left.load(std::memory_order_acquire) > 0; spins++) {
+      HERD_PAUSE();
+      if ((spins & 1023) == 1023) std::this_thread::yield();
+    }
+    const auto waited = std::chrono::steady_clock::now() - waiting;
+    // Long loops have long tasks, and so an honest wait for the last of them.
+    if (waited > kStall && waited > (waiting - started) / 2) {
+      state->num_alone = state->penalty;
+      state->penalty = state->penalty * 2 < kMostAlone ? state->penalty * 2 : kMostAlone;
+      state->num_smooth = 0;
+    }
   }
+  if (++state->num_smooth >= 256) state->penalty = kLeastAlone;
   in_loop = false;
   state->callers.unlock();
 }
