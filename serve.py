@@ -16,6 +16,7 @@ import importlib.metadata
 import logging
 import signal
 import socket
+import ssl
 import sys
 import time
 from pathlib import Path
@@ -109,6 +110,7 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)  # the page's own requests
+    check_certificate(config)
     started_s = time.monotonic()
     listener = listen(config.host, config.port)
     url = public_url(config, listener.getsockname()[1])
@@ -137,7 +139,7 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
         await serving
     finally:
         loading.cancel()
-        server.should_exit = server.force_exit = True
+        server.should_exit = True  # not force_exit, which tears the app down with a traceback
         await asyncio.gather(loading, serving, return_exceptions=True)
         await engine.stop(0.0)
         state.registry.close()
@@ -162,6 +164,25 @@ def listen(host: str, port: int) -> socket.socket:
             f"Choose another --port (0 takes a free one) or --host."
         ) from error
     return listener
+
+
+def check_certificate(config: ServerConfig) -> None:
+    """Read the TLS files before anything slow is done.
+
+    Raises:
+        EngineError: they cannot be used.
+    """
+    if config.ssl_certfile is None or config.ssl_keyfile is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            config.ssl_certfile, config.ssl_keyfile
+        )
+    except OSError as error:  # SSLError is one
+        raise EngineError(
+            f"--ssl-certfile {config.ssl_certfile}, --ssl-keyfile {config.ssl_keyfile}: "
+            f"{error.strerror or error}. Name a certificate and its key, in PEM format."
+        ) from error
 
 
 def public_url(config: ServerConfig, port: int) -> str:
@@ -191,14 +212,18 @@ def compose(
     from server.tokenizer import load_tokenizer
 
     base = engine_config.model.base
+    for flag, path in (("--adapter-dir", config.adapter_dir), ("--model-dir", config.model_dir)):
+        if path is not None and not Path(path).is_dir():
+            raise EngineError(f"{flag} {path}: no such folder. Create it, or name another.")
     folder = resolve_base(base, config.model_dir)
     spec = ModelSpec.from_folder(folder)
     folders = [path for path in (config.adapter_dir, config.model_dir) if path is not None]
     wanted = config.adapter or (DEMO_ADAPTERS if base == DEMO_BASE else ())
-    adapters = {
-        name: resolve_adapter(source, base, folders)
-        for name, source in (parse_adapter(text) for text in wanted)
-    }
+    adapters: dict[str, Path] = {}
+    for name, source in map(parse_adapter, wanted):
+        if name in adapters:
+            raise EngineError(f"--adapter {name} is given twice. Give each adapter its own name.")
+        adapters[name] = resolve_adapter(source, base, folders)
     names = model_names(config, base if base == DEMO_BASE else folder)
     metrics = Metrics(names[0])
     engine = EngineClient(engine_config, folder, functools.partial(read_ref, spec=spec))

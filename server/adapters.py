@@ -16,9 +16,9 @@ from typing import Protocol
 from adapters.confine import confine
 from adapters.registry import AdapterRecord, Registry
 from engine.api import AdapterRef, AdapterReply
-from engine.errors import AdapterNotFound, EngineError
+from engine.errors import AdapterError, AdapterNotFound, EngineError
 from engine.model_config import ModelSpec
-from server.errors import ApiError, bad_request
+from server.errors import ApiError
 from server.metrics import Metrics
 
 log = logging.getLogger("herd.adapters")
@@ -140,7 +140,12 @@ class Adapters:
         roots: Sequence[Path] | None,
     ) -> AdapterRecord:
         if name in self._reserved_names:
-            raise bad_request(f"'{name}' is the base model's name; choose another", "lora_name")
+            error = AdapterError(
+                f"An adapter cannot be called {name!r}: that is the base model's name. Choose "
+                f"another, or give the base one with --served-model-name."
+            )
+            error.param = "lora_name"
+            raise error
         before = self.registry.resolve(name) if name in self.registry.names() else None
         started = time.monotonic()
         prepared = await asyncio.to_thread(

@@ -121,9 +121,10 @@ def json_response(
 def from_validation(error: ValidationError) -> ApiError:
     """The first problem decides param and code; the message lists the first five."""
     problems = _deepest(error.errors(include_url=False, include_context=False, include_input=True))
-    shown = "; ".join(_describe(problem) for problem in problems[:5])
-    if len(problems) > 5:
-        shown += f"; and {len(problems) - 5} more"
+    texts = list(dict.fromkeys(map(_describe, problems)))  # arms of a union complain alike
+    shown = "; ".join(texts[:5])
+    if len(texts) > 5:
+        shown += f"; and {len(texts) - 5} more"
     first = problems[0]
     codes = {
         "extra_forbidden": "unknown_parameter",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -16,6 +17,9 @@ from server.errors import ApiError, bad_request, error_response, from_validation
 B = TypeVar("B", bound=BaseModel)
 SMALL_BODY_BYTES = 64 * 1024
 """Bodies up to here are parsed on the event loop: a thread would take longer."""
+LINGER_S = 10.0
+"""How long the rest of a refused body is read. A connection that is closed while its client still
+sends is reset, and most clients then lose the answer."""
 
 
 class BodyLimit:
@@ -31,9 +35,10 @@ class BodyLimit:
             return
         announced = Headers(scope=scope).get("content-length", "0")
         if announced.isdecimal() and int(announced[:20]) > self._max_bytes:
-            await error_response(self._error())(scope, receive, send)
+            await error_response(self._error())(scope, receive, _lingering(receive, send))
             return
         num_bytes = 0
+        lingering_send = _lingering(receive, send)
 
         async def limited() -> Message:
             nonlocal num_bytes
@@ -43,7 +48,10 @@ class BodyLimit:
                 raise self._error()
             return message
 
-        await self._app(scope, limited, send)
+        async def send_to_client(message: Message) -> None:
+            await (lingering_send if num_bytes > self._max_bytes else send)(message)
+
+        await self._app(scope, limited, send_to_client)
 
     def _error(self) -> ApiError:
         return ApiError(
@@ -51,6 +59,22 @@ class BodyLimit:
             f"The request body is larger than {self._max_bytes} bytes (--max-request-bytes).",
             code="request_too_large",
         )
+
+
+def _lingering(receive: Receive, send: Send) -> Send:
+    """A `send` that reads and drops the rest of the body before it ends the answer."""
+
+    async def send_and_drain(message: Message) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            await send({**message, "more_body": True})
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LINGER_S):
+                    while (await receive()).get("more_body"):
+                        pass
+            message = {"type": "http.response.body"}
+        await send(message)
+
+    return send_and_drain
 
 
 def body_of(model: type[B]) -> Callable[[Request], Awaitable[B]]:

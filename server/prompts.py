@@ -25,7 +25,7 @@ from server.sampling import (
     sampling_params,
     structure_grammar,
 )
-from server.schemas import ChatCompletionRequest, CompletionRequest
+from server.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from server.state import Lease, ServerState
 from server.tool_parser import CALL_BEGIN
 from server.tools import ToolPlan, plan_response_format, plan_tools
@@ -59,7 +59,7 @@ def chat_job(
         response_format=format_body,
         template=template.text(with_tools=bool(body.tools)),
     )
-    grammar = _one_grammar(plan.grammar, structure_grammar(body.structure()))
+    grammar = _one_grammar(plan.grammar, body)
     token_ids = chat_tokens(
         plan.messages,
         template,
@@ -115,9 +115,7 @@ def completion_job(
         ApiError, EngineError: it cannot be served as it is.
     """
     info, tokenizer = state.info(), state.tokenizer
-    grammar = _one_grammar(
-        plan_response_format(_dump(body.response_format)), structure_grammar(body.structure())
-    )
+    grammar = _one_grammar(plan_response_format(_dump(body.response_format)), body)
     asked = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     prompts, params, texts = [], [], []
     for prompt in body.prompts():
@@ -229,19 +227,22 @@ def _ranks(body: ChatCompletionRequest | CompletionRequest) -> bool:
     return (body.best_of or 1) > (body.n or 1)
 
 
-def _one_grammar(first: GrammarSpec | None, second: GrammarSpec | None) -> GrammarSpec | None:
+def _one_grammar(first: GrammarSpec | None, body: GenerationRequest) -> GrammarSpec | None:
+    """`first`, of response_format or tools, or that of structured_outputs or guided_*."""
+    second_name = body.structure_name()
+    second = structure_grammar(body.structure(), second_name)
     if first is not None and second is not None:
         raise bad_request(
-            "structured_outputs: cannot be combined with response_format, or with tools that need "
-            "a grammar",
-            "structured_outputs",
+            f"{second_name}: cannot be combined with response_format, or with tools that need "
+            f"a grammar",
+            second_name,
         )
     grammar = first or second
     if grammar is not None:
         try:
             check_grammar(grammar)
         except GrammarError as error:
-            error.param = error.param or ("response_format" if first else "structured_outputs")
+            error.param = error.param or ("response_format" if first else second_name)
             raise
     return grammar
 

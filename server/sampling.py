@@ -118,8 +118,8 @@ def choice_seed(seed: int | None, index: int) -> int | None:
     return None if seed is None else (seed + index) & (2**63 - 1)
 
 
-def structure_grammar(structure: StructuredOutputs | None) -> GrammarSpec | None:
-    """vLLM's structured_outputs as a grammar.
+def structure_grammar(structure: StructuredOutputs | None, name: str) -> GrammarSpec | None:
+    """vLLM's structured_outputs as a grammar; `name` is the parameter that held it.
 
     Raises:
         ApiError: json is a text that is no JSON object.
@@ -138,9 +138,7 @@ def structure_grammar(structure: StructuredOutputs | None) -> GrammarSpec | None
         try:
             schema = json.loads(schema)
         except (ValueError, RecursionError) as error:
-            raise bad_request(
-                f"structured_outputs.json: not valid JSON: {error}", "structured_outputs"
-            ) from error
+            raise bad_request(f"{name}: not valid JSON: {error}", name) from error
     wrapped = {
         "type": "json_schema",
         "json_schema": {"name": "structured_outputs", "schema": schema},

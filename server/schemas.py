@@ -24,6 +24,13 @@ MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 INT64 = 2**63 - 1
+STRUCTURES = (
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
 Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
 
 
@@ -96,10 +103,7 @@ class GenerationRequest(Body):
                 )
             if self.stream and self.best_of > num_choices:
                 raise ValueError("best_of: cannot be streamed, the best is known at the end only")
-        extras = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
-        given = [
-            name for name in ("structured_outputs", *extras) if getattr(self, name) is not None
-        ]
+        given = [name for name in STRUCTURES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{given[1]}: cannot be combined with {given[0]}")
         return self
@@ -108,6 +112,11 @@ class GenerationRequest(Body):
         if self.stop is None:
             return []
         return [self.stop] if isinstance(self.stop, str) else list(dict.fromkeys(self.stop))
+
+    def structure_name(self) -> str:
+        """Which of vLLM's parameters asks for structured output, for error messages."""
+        given = (name for name in STRUCTURES if getattr(self, name) is not None)
+        return next(given, "structured_outputs")
 
     def structure(self) -> StructuredOutputs | None:
         """vLLM's older guided_* parameters and structured_outputs as one."""

@@ -144,13 +144,20 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(capsys):
         (["--adapter", "no-such-adapter"], "No adapter 'no-such-adapter'"),
         (["--block-size", "3"], "block_size: expected a power of two, got 3"),
         (["--tokenizer", "/nonexistent"], "no tokenizer"),
+        (["--adapter-dir", "/nonexistent"], "--adapter-dir /nonexistent: no such folder"),
+        (["--model-dir", "/nonexistent"], "--model-dir /nonexistent: no such folder"),
+        (["--adapter", "guanaco", "--adapter", "guanaco"], "--adapter guanaco is given twice"),
+        (["--ssl-keyfile", "/nokey", "--ssl-certfile", "/nocert"], "--ssl-certfile /nocert"),
+        (["--no-ui", "--served-model-name", "pirate"], "called 'pirate': that is the base"),
+        (["--no-ui", "--max-model-len", "100000"], "made for 1024 tokens"),
     ],
 )
-def test_a_wrong_start_is_refused_in_one_line(flags, message, capsys):
-    assert serve.main(["--port", "0", *flags]) == 1
-    error = capsys.readouterr().err
-    assert message in error
-    assert "Traceback" not in error
+def test_a_wrong_start_is_refused_in_one_line(flags, message):
+    command = [sys.executable, "serve.py", "--port", "0", *flags]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_quantize_refuses_a_model_that_is_4_bit(tmp_path, capsys):

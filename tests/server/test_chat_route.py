@@ -329,7 +329,8 @@ async def test_formats_reach_the_engine_as_grammars(client, engine, fields, kind
 async def test_a_grammar_that_cannot_be_is_a_400(client, engine):
     response = await client.post(URL, json=ask(guided_regex="(unclosed"))
     assert response.status_code == 400
-    assert response.json()["error"]["code"] == "invalid_grammar"
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_grammar", "guided_regex")
     assert engine.requests == []
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import threading
 
+import httpx
 import openai
 import pytest
 
@@ -289,6 +290,16 @@ def test_a_body_over_the_limit_is_a_413_announced_or_not(open_port):
             connection.sendall(chunk)
         status, answer = read_answer(connection)
         assert (status, answer["error"]["code"]) == (413, "request_too_large")
+
+
+def test_a_client_that_sends_all_of_a_refused_body_reads_the_answer(open_port):
+    """Closing while it still sends would reset the connection, and the answer would be lost."""
+    url = f"http://127.0.0.1:{open_port}/v1/completions"
+    big = b" " * 20_000_000
+    for body in (big, iter([big])):  # announced, chunked
+        answer = httpx.post(url, content=body, timeout=60)
+        assert answer.status_code == 413
+        assert answer.json()["error"]["code"] == "request_too_large"
 
 
 def test_a_huge_body_within_the_limit_does_not_stop_the_others(open_port, open_state):

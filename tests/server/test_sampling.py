@@ -78,7 +78,7 @@ def test_prompts_that_cannot_run():
 
 def test_structured_outputs_become_grammars():
     def grammar(**fields):
-        return structure_grammar(StructuredOutputs.model_validate(fields))
+        return structure_grammar(StructuredOutputs.model_validate(fields), "guided_json")
 
     assert grammar(regex="a+").kind == "regex"
     assert grammar(choice=['a"b', "c"]).source == 'start: "a\\"b" | "c"'
@@ -88,6 +88,7 @@ def test_structured_outputs_become_grammars():
         found = grammar(json=value)
         assert found.kind == "json_schema"
         assert json.loads(found.source)["type"] == "object"
-    assert structure_grammar(None) is None
-    with pytest.raises(ApiError, match="JSON"):
+    assert structure_grammar(None, "guided_json") is None
+    with pytest.raises(ApiError, match="guided_json: not valid JSON") as caught:
         grammar(json="{")
+    assert caught.value.param == "guided_json"

@@ -107,6 +107,11 @@ def test_contradictions_name_the_parameter(extra, param):
     assert refusal({**CHAT, **extra}).param == param
 
 
+def test_arms_of_a_union_that_complain_alike_are_said_once():
+    message = refusal({"model": "x", "prompt": None}, CompletionRequest).message
+    assert message.count("valid array") == 1
+
+
 @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
 def test_content_parts_that_are_no_text_are_refused(kind):
     parts = [{"type": "text", "text": "look"}, {"type": kind, kind: {"url": "data:"}}]
