@@ -136,10 +136,10 @@ def run_child(command: list[str], options: argparse.Namespace) -> list[Row]:
 def limits(threads: int) -> list[Row]:
     """GB/s of plain reads, and GFLOP/s of bfloat16 products of 512 tokens."""
     from kernels.native.library import load
+    from kernels.threads import set_num_threads
 
     library: ctypes.CDLL = load("auto")
-    library.herd_set_num_threads(threads)
-    torch.set_num_threads(threads)
+    set_num_threads(threads)
     memory = torch.ones(READ_BYTES // 4)
 
     def read() -> float:

@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from adapters.format import read_ref
 from bench.cpu_load import best, resident_bytes, speed_row
 from bench.cpu_models import NUM_ADAPTERS, VOCAB_SIZE, make_adapter
@@ -23,7 +21,6 @@ from engine.config import CacheConfig, EngineConfig, LoraConfig, ModelConfig, Sc
 from engine.engine import Engine
 from engine.model_config import ModelSpec
 from engine.startup import create_engine
-from kernels.native.library import set_num_threads
 
 KV_BYTES = 512 << 20
 
@@ -91,7 +88,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--lm-head-dtype", default="auto")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     folder = options.folder
     paths = [make_adapter(folder, seed) for seed in range(NUM_ADAPTERS)]
     refs = [
@@ -101,7 +97,12 @@ def main() -> None:
     before_bytes = resident_bytes()
     spec = ModelSpec.from_folder(folder / "nf4")
     config = EngineConfig(
-        model=ModelConfig(base="x", device="cpu", lm_head_dtype=options.lm_head_dtype),
+        model=ModelConfig(
+            base="x",
+            device="cpu",
+            threads=options.threads,
+            lm_head_dtype=options.lm_head_dtype,
+        ),
         cache=CacheConfig(enable_prefix_caching=False, kv_cache_memory_bytes=KV_BYTES),
         scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=2048),
         lora=LoraConfig(max_loras=NUM_ADAPTERS),
@@ -109,7 +110,6 @@ def main() -> None:
     engine, info = create_engine(
         config, folder / "nf4", functools.partial(read_ref, spec=spec), lambda *_: None
     )
-    set_num_threads(options.threads)
     load = Load(engine, refs)
     load.decode_s(1, 0, 4)
     embedding_bytes = spec.vocab_size * spec.hidden_size * 2
