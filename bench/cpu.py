@@ -8,8 +8,9 @@ Peers    llama.cpp through an interpreter that has llama-cpp-python and gguf, --
              DIR/bin/pip install gguf llama-cpp-python --no-binary llama-cpp-python
          skipped with a message where it is not there
 Method   each system in a process of its own, taking turns, --rounds times; the best counts. Before
-         each, wait until others leave the processors alone. Every row says how many processors
-         others used meanwhile (others_cpus): above 0.1 the figure is of a busy machine.
+         each, wait until others leave the processors alone, and repeat what was disturbed. Every
+         row says how many processors others used meanwhile (others_cpus): above 0.1 the figure is
+         of a busy machine.
 Ratios   printed and written first. Share of the limit: bytes of weights that a step reads, times
          steps per second, over the speed at which plain reads stream with as many threads.
 """
@@ -40,6 +41,7 @@ SYSTEMS = ("herd", "herd-int8-head", "herd-nf4-head", "Q4_0", "IQ4_NL", "transfo
 LLAMA_TYPES = ("Q4_0", "IQ4_NL")
 PARTS = ("limits", *SYSTEMS, "demo")
 READ_BYTES = 1 << 30
+LIMITS_PATIENCE_S = 20.0
 MORE_IS_BETTER = ("tokens_per_s", "gb_per_s", "gflop_per_s")
 Row = dict[str, Any]
 
@@ -155,7 +157,7 @@ def limits(threads: int) -> list[Row]:
             torch.nn.functional.linear(x, weight)
         return time.perf_counter() - started
 
-    reading, product = best(read, 10), best(multiply, 5)
+    reading, product = best(read, 10, LIMITS_PATIENCE_S), best(multiply, 5, LIMITS_PATIENCE_S)
     gb_per_s = READ_BYTES / reading.pop("seconds") / 1e9
     gflop_per_s = 20 * 512 * 2048 * 2048 / product.pop("seconds") / 1e9
     return [

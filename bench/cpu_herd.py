@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, nargs="*", default=[0, 1, NUM_ADAPTERS])
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--patience", type=float, default=15, help="seconds for a row at most")
     parser.add_argument("--lm-head-dtype", default="auto")
     options = parser.parse_args()
     folder = options.folder
@@ -129,12 +130,12 @@ def main() -> None:
             if num_adapters > 1 and batch != num_adapters:
                 continue
             run = functools.partial(load.decode_s, batch, num_adapters, options.steps)
-            row = best(run, options.repeats)
+            row = best(run, options.repeats, options.patience)
             num_tokens = batch * options.steps
             rows.append(speed_row("decode", batch, num_adapters, num_tokens, row))
         for num_tokens in options.prompts if num_adapters < 2 else ():
             run = functools.partial(load.prefill_s, num_tokens, num_adapters)
-            row = best(run, options.repeats)
+            row = best(run, options.repeats, options.patience)
             rows.append(speed_row("prefill", num_tokens, num_adapters, num_tokens, row))
     print(json.dumps(rows))
     engine.close()

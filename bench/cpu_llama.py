@@ -199,6 +199,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--patience", type=float, default=15, help="seconds for a row at most")
     options = parser.parse_args()
     path = make_gguf(options.folder, options.type)
     before_bytes = resident_bytes()
@@ -225,11 +226,17 @@ def main() -> None:
         if num_adapters:
             llama.use_adapter(make_lora(options.folder))
         for batch in options.batches:
-            row = best(functools.partial(llama.decode_s, batch, options.steps), options.repeats)
+            row = best(
+                functools.partial(llama.decode_s, batch, options.steps),
+                options.repeats,
+                options.patience,
+            )
             num_tokens = batch * options.steps
             rows.append(speed_row("decode", batch, num_adapters, num_tokens, row))
         for num_tokens in options.prompts:
-            row = best(functools.partial(llama.prefill_s, num_tokens), options.repeats)
+            row = best(
+                functools.partial(llama.prefill_s, num_tokens), options.repeats, options.patience
+            )
             rows.append(speed_row("prefill", num_tokens, num_adapters, num_tokens, row))
     print(json.dumps(rows))
 

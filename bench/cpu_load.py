@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+QUIET_CPUS = 0.1
+"""Processors that others may use while something is measured undisturbed."""
 
 
 def busy_s() -> float:
@@ -33,8 +35,10 @@ def wait_until_quiet(max_cpus: float, timeout_s: float) -> float:
             return round(others, 2)
 
 
-def best(run: Callable[[], float], num_repeats: int) -> dict[str, Any]:
+def best(run: Callable[[], float], num_repeats: int, patience_s: float) -> dict[str, Any]:
     """The fastest of several runs, with what others did meanwhile.
+
+    Runs until num_repeats of them were quiet, or patience_s are over.
 
     Args:
         run: measures itself and returns seconds.
@@ -42,16 +46,19 @@ def best(run: Callable[[], float], num_repeats: int) -> dict[str, Any]:
     Returns:
         seconds, others_cpus (processors that others used during that run) and the load average.
     """
-    rows = []
-    for _ in range(num_repeats):
+    rows: list[dict[str, Any]] = []
+    deadline = time.monotonic() + patience_s
+    num_quiet = 0
+    while num_quiet < num_repeats and (len(rows) < num_repeats or time.monotonic() < deadline):
         busy, own, started = busy_s(), time.process_time(), time.perf_counter()
         seconds = run()
         wall = time.perf_counter() - started
-        others = (busy_s() - busy - (time.process_time() - own)) / wall
+        others = max(0.0, (busy_s() - busy - (time.process_time() - own)) / wall)
+        num_quiet += others <= QUIET_CPUS
         rows.append(
             {
                 "seconds": seconds,
-                "others_cpus": round(max(0.0, others), 2),
+                "others_cpus": round(others, 2),
                 "load_average": round(os.getloadavg()[0], 2),
             }
         )

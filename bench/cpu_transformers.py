@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--patience", type=float, default=15, help="seconds for a row at most")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
@@ -72,11 +73,17 @@ def main() -> None:
             model = PeftModel.from_pretrained(model, options.folder / "adapter-0").eval()
         decode_s(model, 1, 1)
         for batch in options.batches:
-            row = best(functools.partial(decode_s, model, batch, options.steps), options.repeats)
+            row = best(
+                functools.partial(decode_s, model, batch, options.steps),
+                options.repeats,
+                options.patience,
+            )
             num_tokens = batch * options.steps
             rows.append(speed_row("decode", batch, num_adapters, num_tokens, row))
         for num_tokens in options.prompts:
-            row = best(functools.partial(prefill_s, model, num_tokens), options.repeats)
+            row = best(
+                functools.partial(prefill_s, model, num_tokens), options.repeats, options.patience
+            )
             rows.append(speed_row("prefill", num_tokens, num_adapters, num_tokens, row))
     print(json.dumps(rows))
 
