@@ -26,6 +26,7 @@ from engine.memory import (
     available_host_bytes,
     check_memory,
     estimate_weights_bytes,
+    return_freed_memory,
 )
 from engine.model import CausalLM
 from engine.model_config import DTYPES, ModelSpec, declared_dtype
@@ -132,6 +133,7 @@ def load_model(
             notes.append(f"The output head is held in {head_dtype} (--lm-head-dtype).")
         if writer is not None:
             writer.finish()
+    return_freed_memory()
     return LoadedModel(
         model=model,
         spec=model.spec,

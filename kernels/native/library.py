@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import threading
 
 import torch
@@ -218,7 +219,9 @@ class Arena:
 
 
 def _huge_block(num_bytes: int) -> Tensor:
-    block = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES)
+    # Shared memory, which is Python's default, gets no huge pages on most systems.
+    is_private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+    block = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, **is_private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         block.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(block, dtype=torch.uint8)
