@@ -9,8 +9,8 @@ Peers    llama.cpp through an interpreter that has llama-cpp-python and gguf, --
          skipped with a message where it is not there
 Method   each system in a process of its own, taking turns, --rounds times; the best counts. Before
          each, wait until others leave the processors alone, and repeat what was disturbed. Every
-         row says how many processors others used meanwhile (others_cpus): above 0.1 the figure is
-         of a busy machine.
+         row says how many processors others used meanwhile (others_cpus); where that leaves less
+         than its threads need, the figure is of a busy machine and gives no ratio.
 Ratios   printed and written first. Share of the limit: bytes of weights that a step reads, times
          steps per second, over the speed at which plain reads stream with as many threads.
 """
@@ -42,6 +42,7 @@ LLAMA_TYPES = ("Q4_0", "IQ4_NL")
 PARTS = ("limits", *SYSTEMS, "demo")
 READ_BYTES = 1 << 30
 LIMITS_PATIENCE_S = 20.0
+TOLERANCE_CPUS = 0.12
 MORE_IS_BETTER = ("tokens_per_s", "gb_per_s", "gflop_per_s")
 Row = dict[str, Any]
 
@@ -210,9 +211,16 @@ def add_shares(rows: list[Row]) -> None:
             row["share_of_limit"] = round(read * steps_per_s / (speed * 1e9), 3)
 
 
+def is_undisturbed(row: Row) -> bool:
+    """Whether others left it the processors that its threads need, or nearly."""
+    spare = (os.cpu_count() or 1) - row["threads"]
+    return bool(row.get("others_cpus", 0.0) <= spare + TOLERANCE_CPUS)
+
+
 def ratios(rows: list[Row]) -> list[Row]:
-    """Herd over the best llama.cpp and over transformers, for whatever both have."""
+    """Herd over the best llama.cpp and over transformers, for whatever both have undisturbed."""
     found = []
+    rows = [row for row in rows if is_undisturbed(row)]
     for row in rows:
         if row["system"] != "herd" or row["kind"] not in ("decode", "prefill"):
             continue

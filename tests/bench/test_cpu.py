@@ -45,6 +45,14 @@ def test_ratios_are_over_the_best_of_the_peers_own_types():
     assert "over_one_adapter" not in third and fourth["over_one_adapter"] == 0.8
 
 
+def test_figures_of_a_busy_machine_give_no_ratio(monkeypatch):
+    monkeypatch.setattr(cpu.os, "cpu_count", lambda: 2)
+    busy = {**row("Q4_0", 10.0), "others_cpus": 0.9}
+    assert "over_llama" not in cpu.ratios([row("herd", 60.0), busy])[0]
+    one_thread = [row("herd", 60.0, threads=1), {**busy, "threads": 1}]
+    assert cpu.ratios(one_thread)[0]["over_llama"] == 6.0
+
+
 def test_the_share_of_the_limit_counts_a_step_once_for_all_its_sequences():
     rows = [row("herd", 400.0, size=8), row("Q4_0", 20.0), row("herd", 5.0, kind="prefill")]
     rows += [{"system": "machine", "shape": "-", "threads": 2, "kind": "read", "gb_per_s": 40.0}]
