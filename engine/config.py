@@ -34,6 +34,10 @@ class ModelConfig:
     quantization: Literal["auto", "nf4", "fp4", "none"] = "auto"
     """auto keeps a 4-bit checkpoint as it is and quantises a 16-bit one to NF4 with double
     quantisation; none serves 16-bit weights."""
+    lm_head_dtype: Literal["auto", "int8", "nf4"] = "auto"
+    """How the output head is held; auto keeps it as stored. int8 halves and nf4 quarters the memory
+    that it takes and the time to read it, at some cost in accuracy. A head that is tied to the
+    embedding gets a copy of its own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes a GPU when there is one."""
     threads: int | None = None

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.head import Weight
 from engine.model_config import ModelSpec
 from kernels.fused import add_rms_norm, apply_rotary, rms_norm, silu_and_mul
+from kernels.int8_linear import Int8Weight, int8_linear
 from kernels.linear import linear
 from kernels.nf4 import QuantizedWeight
 from kernels.nf4_linear import nf4_linear, prepare_weight
@@ -33,8 +35,8 @@ class LinearSlice:
     """Module path, as adapters name it: "model.layers.0.self_attn.q_proj"."""
     out_features: int
     in_features: int
-    weight: QuantizedWeight | torch.Tensor | None = None
-    """4-bit, or dense [out_features, in_features]; None until it is loaded."""
+    weight: Weight | None = None
+    """4-bit, 8-bit (heads only), or dense [out_features, in_features]; None until it is loaded."""
     bias: torch.Tensor | None = None
     """[out_features]."""
 
@@ -56,12 +58,13 @@ class FusedLinear:
         self.bias: torch.Tensor | None = None
         self._is_mixed = False
 
-    def set_weight(
-        self, part: LinearSlice, weight: QuantizedWeight | torch.Tensor, device: torch.device
-    ) -> None:
-        """Take one slice's weight: dense ones are copied into the stack, 4-bit ones kept."""
+    def set_weight(self, part: LinearSlice, weight: Weight, device: torch.device) -> None:
+        """Take one slice's weight: dense ones are copied into the stack, others kept."""
         if isinstance(weight, QuantizedWeight):
             part.weight = prepare_weight(weight.to(device))
+            return
+        if isinstance(weight, Int8Weight):
+            part.weight = weight
             return
         if len(self.slices) == 1:
             part.weight = weight.to(device)
@@ -93,6 +96,8 @@ class FusedLinear:
                 if isinstance(part.weight, torch.Tensor):
                     part.weight = part.weight.clone()
             self.weight = None
+        elif isinstance(self.slices[0].weight, Int8Weight):
+            self._is_mixed = True
         else:
             if len(self.slices) == 1:
                 weight = self.slices[0].weight
@@ -104,7 +109,8 @@ class FusedLinear:
     def __call__(self, x: torch.Tensor, lora: LoraBatch | None) -> torch.Tensor:
         """x [num_tokens, in_features] -> [num_tokens, sum of out_features], adapters included."""
         if self._is_mixed:
-            y = torch.cat([_run_slice(x, part) for part in self.slices], dim=-1)
+            parts = [_run_slice(x, part) for part in self.slices]
+            y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         elif self.weight is not None:
             y = linear(x, self.weight, self.bias)
         else:
@@ -115,6 +121,8 @@ class FusedLinear:
 def _run_slice(x: torch.Tensor, part: LinearSlice) -> torch.Tensor:
     if isinstance(part.weight, QuantizedWeight):
         return nf4_linear(x, [part.weight], [part.bias])
+    if isinstance(part.weight, Int8Weight):
+        return int8_linear(x, part.weight, part.bias)
     assert part.weight is not None
     return linear(x, part.weight, part.bias)
 

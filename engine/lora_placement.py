@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 
 from engine.errors import AdapterError
+from engine.head import Weight, dense_weight, is_copy_of
 from engine.lora import EMBEDDING, SCORE_HEAD, LoraModule, LoraWeights, PlacedAdapter, PlacedModule
 from engine.model_config import ModelSpec
-from kernels.nf4 import QuantizedWeight, dequantize_4bit
 
 ALIGNMENT = 64  # bytes; vector loads of every kernel are happy with it
 MAGNITUDE_NOISE = 0.02  # relative; norms taken in bfloat16 differ by a few of its steps
@@ -26,7 +26,7 @@ NORM_ROWS = 1024  # rows of a base weight held in float32 at once while DoRA's n
 class BaseLayer(Protocol):
     """A layer of the base: what DoRA's norms and trained biases are relative to."""
 
-    weight: QuantizedWeight | torch.Tensor | None
+    weight: Weight | None
     bias: torch.Tensor | None
 
 
@@ -141,8 +141,7 @@ def _changed_copies(weights: LoraWeights, model: BaseModel) -> dict[str, torch.T
     changed = {}
     tied = {f"{EMBEDDING}.weight": "lm_head.weight", "lm_head.weight": f"{EMBEDDING}.weight"}
     for parameter, copy in weights.base_copies.items():
-        base = _dense_weight(parameter.removesuffix(".weight"), model)
-        if not torch.equal(copy.to(base.device, base.dtype), base):
+        if not is_copy_of(copy, _base_weight(parameter.removesuffix(".weight"), model)):
             changed[parameter] = copy
             if model.spec.tie_word_embeddings and tied[parameter] not in weights.replaced:
                 changed.setdefault(tied[parameter], copy)
@@ -175,7 +174,7 @@ def _placed_tensors(
         fields.append(("dense", _cast(dense, dtype, f"{path}.weight")))
         offset = bias
     elif module is not None and module.magnitude is not None:
-        ratio = dora_ratio(module, _dense_weight(path, model), path)
+        ratio = dora_ratio(module, dense_weight(_base_weight(path, model)), path)
         fields.append(("gain", ratio - 1))
         # The base's output holds its bias b. DoRA scales the rest, and the adapted bias b' comes
         # unscaled: ratio * (y - b) + b' = y + (ratio - 1) * y + (b' - ratio * b).
@@ -230,11 +229,10 @@ def dora_ratio(module: LoraModule, base: torch.Tensor, path: str) -> torch.Tenso
     return module.magnitude.float() / norm
 
 
-def _dense_weight(path: str, model: BaseModel) -> torch.Tensor:
-    """The base's matrix, dequantised where it is 4-bit."""
+def _base_weight(path: str, model: BaseModel) -> Weight:
     weight = model.embed_tokens if path == EMBEDDING else model.base_linear(path).weight
     assert weight is not None
-    return dequantize_4bit(weight) if isinstance(weight, QuantizedWeight) else weight
+    return weight
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,6 +80,14 @@ def check_memory(
             f"{what} needs {format_bytes(needed_bytes)} of {where}, but only "
             f"{format_bytes(available_bytes)} is available. {remedy}"
         )
+
+
+def return_freed_memory() -> None:
+    """Give the system back what has been freed; glibc keeps blocks below 32 MB, where it can."""
+    with contextlib.suppress(
+        OSError, AttributeError
+    ):  # another C library needs or has no such call
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def format_bytes(count: int) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from engine.head import HeadDtype, quantize_head
 from engine.layers import DecoderLayer, FusedLinear, LinearSlice
 from engine.model_config import ModelSpec
 from engine.whole_step import WholeStep, prepare_whole_step
@@ -126,10 +127,19 @@ class CausalLM:
             _, _, index, module = path.split(".", 3)  # model.layers.<index>.[self_attn.]<norm>
             setattr(self.layers[int(index)], module.removeprefix("self_attn."), value)
 
-    def finish(self) -> None:
-        """Tie the head where the spec says so and choose each projection's way of running."""
+    def finish(self, lm_head_dtype: HeadDtype = "auto") -> None:
+        """Tie the head where the spec says so, quantise it where that is asked for, and choose each
+        projection's way of running.
+
+        Raises:
+            CheckpointError: the head cannot be quantised.
+        """
+        head = self.lm_head.slices[0]
         if self.spec.tie_word_embeddings:
-            self.lm_head.slices[0].weight = self.embed_tokens
+            head.weight = self.embed_tokens
+        if isinstance(head.weight, torch.Tensor):
+            weight = quantize_head(head.weight, lm_head_dtype)
+            self.lm_head.set_weight(head, weight, self.device)
         for fused in self._fused():
             fused.finish()
         self._whole_step = prepare_whole_step(self.spec, self.layers, self.norm)

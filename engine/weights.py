@@ -19,12 +19,14 @@ from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.fingerprint import Fingerprint
+from engine.head import check_head, extra_head_bytes
 from engine.json_fields import read_json_object
 from engine.memory import (
     available_device_bytes,
     available_host_bytes,
     check_memory,
     estimate_weights_bytes,
+    return_freed_memory,
 )
 from engine.model import CausalLM
 from engine.model_config import DTYPES, ModelSpec, declared_dtype
@@ -62,7 +64,7 @@ def load_model(
     """Load a Hugging Face model folder.
 
     Args:
-        config: dtype, quantization and quantized_cache_dir are used here.
+        config: dtype, quantization, lm_head_dtype and quantized_cache_dir are used here.
         folder: with config.json and safetensors files.
         device: where the model is to run.
         progress: called as (stage, bytes done, bytes in total).
@@ -104,6 +106,10 @@ def load_model(
         weights_bytes = estimate_weights_bytes(
             plan.spec, quantization, dtype, quantized=quantized_sizes or None
         )
+        head_dtype = check_head(
+            config.lm_head_dtype, {name: w.quant_type for name, w in plan.quantized.items()}
+        )
+        weights_bytes += extra_head_bytes(plan.spec, dtype, head_dtype)
         shard_bytes = 0 if settings is None else min(MAX_SHARD_BYTES, weights_bytes)
         _check_memory(folder, checkpoint, plan, quantization, weights_bytes, device, shard_bytes)
         writer = None
@@ -122,9 +128,12 @@ def load_model(
                 value = dequantize_4bit(value, dtype)
             model.set_tensor(name, value)
             del value
-        model.finish()
+        model.finish(head_dtype)
+        if head_dtype != "auto":
+            notes.append(f"The output head is held in {head_dtype} (--lm-head-dtype).")
         if writer is not None:
             writer.finish()
+    return_freed_memory()
     return LoadedModel(
         model=model,
         spec=model.spec,

@@ -21,6 +21,7 @@ from kernels.decoder import (
     StepTensors,
     prepare_decoder,
 )
+from kernels.int8_linear import Int8Weight
 from kernels.nf4 import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def _slices(
     slices = []
     for part in fused.slices:
         assert part.weight is not None, f"{part.path} is not loaded"
+        assert not isinstance(part.weight, Int8Weight), "only heads are 8-bit"
         slices.append((part.weight, part.bias))
     return slices
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import threading
 
 import torch
 from torch import Tensor
 
 from kernels.codebooks import DYNAMIC_MAP, codebook
+from kernels.int8_linear import Int8Weight
 from kernels.native.build import build
 from kernels.nf4 import QuantizedWeight
 from kernels.threads import follow_num_threads
@@ -163,6 +165,12 @@ def dense_matrix(weight: Tensor, bias: Tensor | None) -> Matrix:
     return Matrix(weight.data_ptr(), None, None, None, bias_address, 0.0, *weight.shape, 0)
 
 
+def int8_matrix(weight: Int8Weight, bias: Tensor | None) -> Matrix:
+    """Describe an 8-bit weight."""
+    scales, bias_address = weight.scales.data_ptr(), None if bias is None else bias.data_ptr()
+    return Matrix(weight.codes.data_ptr(), None, scales, None, bias_address, 0.0, *weight.shape, 0)
+
+
 def load(instruction_set: str) -> ctypes.CDLL:
     """Build the library where needed and load it.
 
@@ -211,7 +219,9 @@ class Arena:
 
 
 def _huge_block(num_bytes: int) -> Tensor:
-    block = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES)
+    # Shared memory, which is Python's default, gets no huge pages on most systems.
+    is_private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+    block = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, **is_private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         block.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(block, dtype=torch.uint8)

@@ -1,7 +1,7 @@
 """Operations of the native library in the shape that kernels/dispatch.py asks for.
 
 Each pair accepts or declines what the operation's own file has checked, then runs it. Taken are
-float32 and bfloat16 on the CPU and contiguous rows; anything else is the reference's.
+float32 and bfloat16 on the CPU and contiguous weights; anything else is the reference's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.decoder import DecoderWeights
+from kernels.int8_linear import Int8Weight
 from kernels.layout import BLOCK, Layout
 from kernels.lora import LoraSlice
 from kernels.native import library as native
@@ -25,7 +26,14 @@ from kernels.native.arguments import (
     lora_slices,
 )
 from kernels.native.decoder import NativeDecoder
-from kernels.native.library import DTYPES, Arena, Matrix, dense_matrix, quantized_matrix
+from kernels.native.library import (
+    DTYPES,
+    Arena,
+    Matrix,
+    dense_matrix,
+    int8_matrix,
+    quantized_matrix,
+)
 from kernels.nf4 import QuantizedWeight
 
 
@@ -101,6 +109,14 @@ class NativeOperations:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """kernels/linear.py's linear."""
         return self._linear(x, [dense_matrix(weight, bias)], weight.shape[0])
+
+    def accepts_int8_linear(self, x: Tensor, weight: Int8Weight, *_: object) -> bool:
+        """Whether int8_linear can run."""
+        return self.accepts_linear(x, weight.codes)
+
+    def int8_linear(self, x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+        """kernels/int8_linear.py's int8_linear."""
+        return self._linear(x, [int8_matrix(weight, bias)], weight.shape[0])
 
     def _linear(self, x: Tensor, matrices: list[Matrix], width: int) -> Tensor:
         x, y = x.contiguous(), x.new_empty(len(x), width)

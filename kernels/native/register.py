@@ -11,9 +11,9 @@ logger = logging.getLogger(__name__)
 
 NAME = "native"
 OPERATIONS = (
-    "relayout", "prepare_weight", "dequantize_4bit", "nf4_linear", "linear", "rms_norm",
-    "add_rms_norm", "apply_rotary", "silu_and_mul", "write_kv_cache", "paged_attention", "add_lora",
-    "prepare_decoder",
+    "relayout", "prepare_weight", "dequantize_4bit", "nf4_linear", "linear", "int8_linear",
+    "rms_norm", "add_rms_norm", "apply_rotary", "silu_and_mul", "write_kv_cache", "paged_attention",
+    "add_lora", "prepare_decoder",
 )  # fmt: skip
 LAYOUT_NEEDS = {"relayout", "dequantize_4bit", "nf4_linear"}
 """Without all of these a weight keeps the checkpoint's layout."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kernels import fused, layout, linear, lora, nf4, nf4_linear, paged_attention
+from kernels import fused, int8_linear, layout, linear, lora, nf4, nf4_linear, paged_attention
 
 if TYPE_CHECKING:
     from kernels.native.operations import NativeOperations
@@ -74,6 +74,12 @@ def _linear(native: NativeOperations, generator: torch.Generator) -> bool:
     return _is_close(native.linear(x, weight, None), linear.linear_reference(x, weight, None))
 
 
+def _int8_linear(native: NativeOperations, generator: torch.Generator) -> bool:
+    x, weight = _random(generator, 5, 128), int8_linear.quantize_int8(_random(generator, 19, 128))
+    expected = int8_linear.int8_linear_reference(x, weight, None)
+    return _is_close(native.int8_linear(x, weight, None), expected)
+
+
 def _rms_norm(native: NativeOperations, generator: torch.Generator) -> bool:
     x, weight = _random(generator, 3, 72), _random(generator, 72)
     return _is_close(native.rms_norm(x, weight, 1e-5), fused.rms_norm_reference(x, weight, 1e-5))
@@ -131,6 +137,7 @@ _CASES: dict[str, Callable[[NativeOperations, torch.Generator], bool]] = {
     "dequantize_4bit": _dequantize_4bit,
     "nf4_linear": _nf4_linear,
     "linear": _linear,
+    "int8_linear": _int8_linear,
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "apply_rotary": _apply_rotary,

@@ -8,10 +8,11 @@ enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1 };
 
 // One slice of a fused projection: y = x W^T + bias.
 struct Matrix {
-  const void* data;           // 4-bit: packed codes, interleaved (see nf4.h); dense: [out, in]
+  const void* data;           // 4-bit: packed codes, interleaved (see linear.h); else [out, in]
   const uint8_t* codes;       // u8 [num_groups], double quantisation; null: scales in nested_absmax
-  const float* nested_absmax; // [ceil(num_groups / 256)], or [num_groups] without codes
-  const float* codebook;      // [16]; null: the matrix is dense, of the activations' dtype
+  const float* nested_absmax; // 4-bit: [ceil(num_groups / 256)], or [num_groups] without codes;
+                              // 8-bit: a scale for each row [out]; dense: null
+  const float* codebook;      // [16]; null: dense of the activations' dtype, or int8 with scales
   const void* bias;           // [out] of the activations' dtype, or null
   float nested_offset;
   int32_t out_features;

@@ -1,4 +1,4 @@
-// Products of tokens with weight rows, 4-bit or dense: y[t][n] = sum over k of x[t][k] w[n][k].
+// Products of tokens with weight rows, 4-bit, 8-bit or dense: y[t][n] = sum over k of x[t][k] w[n][k].
 //
 // 4-bit layout  Rows in groups of 8 (the last may have fewer). A group's bytes are, for each block of
 //               64 columns, 32 bytes of each of its rows: one stream from beginning to end. Byte i
@@ -29,6 +29,7 @@ struct Float32Dot {  // E: the activations' dtype, to which weights are rounded
   static constexpr int step = Vec::N;
   static inline V load_x(const float* p) { return load(p); }
   static inline V load_w(const E* p) { return load(p); }
+  static inline V load_w(const int8_t* p) { return load(p); }
   static inline Vec mac(Vec acc, V w, V x) { return fma(w, x, acc); }
   static inline Table scaled(const Table& table, float scale) {
     Table out;
@@ -53,6 +54,9 @@ struct Bfloat16Dot {
   static constexpr int step = 32;
   static inline V load_x(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
   static inline V load_w(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static inline V load_w(const int8_t* p) {
+    return _mm512_cvtne2ps_pbh(load(p + Vec::N).v, load(p).v);
+  }
   static inline Vec mac(Vec acc, V w, V x) { return {_mm512_dpbf16_ps(acc.v, w, x)}; }
   // 32 entries, the 16 values twice: an index has 5 bits then, and the fifth, the neighbour's, does
   // not matter.
@@ -135,10 +139,13 @@ struct Output {
   E* y;
   long stride;
   const E* bias;
+  const float* row_scales = nullptr;  // multiplied into the sums, where there are any
   // One token's results for up to four rows.
   template <int R>
-  inline void write(const float* totals, long n, long t) const {
+  inline void write(float* totals, long n, long t) const {
     E* to = y + t * stride + n;
+    if (row_scales)
+      for (int r = 0; r < R; r++) totals[r] *= row_scales[n + r];
     if (bias)
       for (int r = 0; r < R; r++) set(to + r, totals[r] + to_float(bias[n + r]));
     else
@@ -201,8 +208,8 @@ static void nf4_rows(const uint8_t* codes, long block_stride, const float* scale
 
 // A stretch of columns: products of R rows of numbers with T tokens. Sums over several stretches
 // are kept in between; kept: [R * T], or null for the whole row at once.
-template <class Dot, typename E, int R, int T>
-static void dense_rows(const E* rows, long row_stride, const typename Dot::X* x, long x_stride,
+template <class Dot, typename E, int R, int T, typename W>
+static void dense_rows(const W* rows, long row_stride, const typename Dot::X* x, long x_stride,
                        long size, long n, long t, Vec* kept, bool is_first, bool is_last,
                        const Output<E>& out) {
   Sums<R, T> sums;
@@ -245,9 +252,9 @@ constexpr int kTileSums = kTileRows * kTileTokens;
 constexpr long kStretch = 2048;  // columns of x for a tile's tokens that stay in the first cache
 
 // Part of the product of some rows with all tokens: columns start .. start + size.
-template <class Dot, typename E>
+template <class Dot, typename E, typename W>
 struct Panel {
-  const E* rows;  // at column start
+  const W* rows;  // at column start
   long row_stride;
   const typename Dot::X* x;  // at column start
   long k, size, n, num_rows;
@@ -281,8 +288,8 @@ struct Panel {
 };
 
 // num_rows rows from n on, all tokens.
-template <class Dot, typename E>
-static void dense_panel(const E* rows, long row_stride, const typename Dot::X* x, long k, long n,
+template <class Dot, typename E, typename W>
+static void dense_panel(const W* rows, long row_stride, const typename Dot::X* x, long k, long n,
                         long num_rows, long num_tokens, const Output<E>& out) {
   const long tiles = ceil_div(num_tokens, kTileTokens), stretches = ceil_div(k, kStretch);
   const long size = ceil_div(k, stretches * kBlock) * kBlock;
@@ -290,7 +297,7 @@ static void dense_panel(const E* rows, long row_stride, const typename Dot::X* x
   for (long tile = 0; tile < tiles; tile++) {
     const long t = num_tokens * tile / tiles, count = num_tokens * (tile + 1) / tiles - t;
     for (long start = 0; start < k; start += size) {
-      const Panel<Dot, E> panel = {rows + start, row_stride, x + start, k, least(size, k - start),
+      const Panel<Dot, E, W> panel = {rows + start, row_stride, x + start, k, least(size, k - start),
                                    n, num_rows, kept, start == 0, start + size >= k, out};
       panel.run(t, count);
     }
@@ -415,9 +422,15 @@ static void linear_task(void* context, long task) {
     const long first = task * call.task_rows, stop = least(first + call.task_rows, m.out_features);
     if (m.codebook) return nf4_task<Dot, E>(call, m, first, stop, y);
     const long k = m.in_features;
-    const Output<E> out = {y, call.y_stride, (const E*)m.bias};
-    return dense_panel<Dot, E>((const E*)m.data + first * k, k, (const typename Dot::X*)call.x, k,
-                               first, stop - first, call.num_tokens, out);
+    const typename Dot::X* x = (const typename Dot::X*)call.x;
+    const Output<E> out = {y, call.y_stride, (const E*)m.bias, m.nested_absmax};
+    const long rows = stop - first;
+    if (m.nested_absmax)
+      dense_panel<Dot, E>((const int8_t*)m.data + first * k, k, x, k, first, rows, call.num_tokens,
+                          out);
+    else
+      dense_panel<Dot, E>((const E*)m.data + first * k, k, x, k, first, rows, call.num_tokens, out);
+    return;
   }
 }
 

@@ -49,6 +49,9 @@ struct Vec {
 };
 static inline Vec splat(float x) { return {_mm512_set1_ps(x)}; }
 static inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+static inline Vec load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+}
 static inline Vec load(const bf16* p) {
   const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))};
@@ -105,6 +108,9 @@ struct Vec {
 };
 static inline Vec splat(float x) { return {_mm256_set1_ps(x)}; }
 static inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+static inline Vec load(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)))};
+}
 static inline Vec load(const bf16* p) {
   const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16))};
@@ -168,6 +174,12 @@ struct Vec {
 };
 static inline Vec splat(float x) { return {vdupq_n_f32(x)}; }
 static inline Vec load(const float* p) { return {vld1q_f32(p)}; }
+static inline Vec load(const int8_t* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  const int16x8_t words = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(words)))};
+}
 static inline Vec load(const bf16* p) {
   return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16((const uint16_t*)p), 16))};
 }
@@ -230,6 +242,7 @@ struct Vec {
   return out;
 static inline Vec splat(float x) { HERD_EACH(x) }
 static inline Vec load(const float* p) { HERD_EACH(p[i]) }
+static inline Vec load(const int8_t* p) { HERD_EACH((float)p[i]) }
 static inline Vec load(const bf16* p) { HERD_EACH(to_float(p[i])) }
 static inline Vec operator+(Vec a, Vec b) { HERD_EACH(a.v[i] + b.v[i]) }
 static inline Vec operator-(Vec a, Vec b) { HERD_EACH(a.v[i] - b.v[i]) }

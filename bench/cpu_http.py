@@ -1,0 +1,147 @@
+"""The demo as people meet it: `serve.py` started, asked through the HTTP API. Part of bench/cpu.py.
+
+Run      python -m bench.cpu_http    (bench/cpu.py does); prints JSON
+Method   start-up is from the command to /health saying ready. Speed is that of a streamed chat
+         answer, from its first to its last token; with several requests at once all their tokens
+         count. Memory is that of both processes together, shared pages counted once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from bench.cpu_load import TICKS_PER_S, busy_s
+
+ROOT = Path(__file__).parent.parent
+START_TIMEOUT_S = 120
+
+
+def children(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += children(int(child))
+    return found
+
+
+def proportional_bytes(pid: int) -> int:
+    """A process's memory, pages shared with others divided among them."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/{pid}/smaps_rollup has no Pss")
+
+
+def processor_s(pids: list[int]) -> float:
+    """Processor seconds that these processes have used."""
+    total = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / TICKS_PER_S
+
+
+def answer(url: str, model: str, max_tokens: int) -> tuple[int, float, float]:
+    """One streamed answer: (tokens after the first, when the first came, when the last came)."""
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "Tell me everything you know about llamas."}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    times, num_tokens = [], 0
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=120) as response:
+        response.raise_for_status()
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            num_tokens = (chunk.get("usage") or {}).get("completion_tokens", num_tokens)
+            if chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
+                times.append(time.perf_counter())
+    return num_tokens - 1, times[0], times[-1]
+
+
+def measure(url: str, pids: list[int], model: str, batch: int, max_tokens: int) -> dict[str, Any]:
+    """Tokens per second of so many equal requests at once."""
+    busy, own, started = busy_s(), processor_s(pids) + time.process_time(), time.perf_counter()
+    with ThreadPoolExecutor(batch) as threads:
+        done = list(threads.map(lambda _: answer(url, model, max_tokens), range(batch)))
+    wall = time.perf_counter() - started
+    used = processor_s(pids) + time.process_time() - own
+    seconds = max(last for _, _, last in done) - min(first for _, first, _ in done)
+    return {
+        "kind": "http",
+        "size": batch,
+        "adapters": int(model != "demo"),
+        "tokens_per_s": round(sum(tokens for tokens, _, _ in done) / seconds, 1),
+        "others_cpus": round(max(0.0, (busy_s() - busy - used) / wall), 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
+    options = parser.parse_args()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url, started = f"http://127.0.0.1:{port}", time.perf_counter()
+    command = [sys.executable, "serve.py", "--port", str(port), "--max-num-seqs", "16"]
+    busy = busy_s()
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        while True:
+            if server.poll() is not None or time.perf_counter() - started > START_TIMEOUT_S:
+                raise SystemExit("serve.py did not start; see its message above")
+            try:
+                if httpx.get(f"{url}/health", timeout=2).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass  # not listening yet
+            time.sleep(0.02)
+        start_s = time.perf_counter() - started
+        pids = children(server.pid)
+        start_cpu_s = processor_s(pids)
+        used = start_cpu_s + time.process_time()
+        rows: list[dict[str, Any]] = [
+            {
+                "kind": "start",
+                "start_s": round(start_s, 2),
+                "start_cpu_s": round(start_cpu_s, 2),
+                "others_cpus": round(max(0.0, (busy_s() - busy - used) / start_s), 2),
+            }
+        ]
+        models = [row["id"] for row in httpx.get(f"{url}/v1/models").json()["data"]]
+        model = "guanaco" if "guanaco" in models else models[0]
+        answer(url, model, 16)
+        for batch in options.batches:
+            found = [
+                measure(url, pids, model, batch, options.tokens) for _ in range(options.repeats)
+            ]
+            rows.append(max(found, key=lambda row: row["tokens_per_s"]))
+        rows[0]["resident_bytes"] = sum(map(proportional_bytes, pids))
+        print(json.dumps(rows))
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+if __name__ == "__main__":
+    main()
