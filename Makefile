@@ -35,7 +35,7 @@ demo: $(VENV)/dev.stamp
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Herd needs Python 3.11 or newer, found {sys.version.split()[0]}; try: make PYTHON=python3.12 serve")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }  # half of one would pass for whole
 
 $(VENV)/serve.stamp: requirements.txt constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --requirement requirements.txt

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import importlib.metadata
 import logging
+import os
 import signal
 import socket
 import ssl
@@ -39,6 +40,8 @@ DEMO_ADAPTERS = ("guanaco", "pirate")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
+    # PyTorch's threads would wait for their next work by spinning, on the cores of the native ones.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         refuse_foreign_kernels()
         if words[:1] == ["quantize"]:

@@ -24,8 +24,9 @@ from adapters.folder import (
     read_chat_template,
     read_weights_header,
 )
-from adapters.layout import FINGERPRINT_KEY, Layout, sort_tensors
+from adapters.layout import FINGERPRINT_KEY, Layout, module_shapes, sort_tensors
 from adapters.layout_checks import check_layout
+from adapters.pattern_check import are_quick
 from adapters.peft_config import PeftConfig, read_config
 from engine.errors import AdapterError
 from engine.lora import EMBEDDING, LoraModule, LoraWeights
@@ -151,7 +152,12 @@ def _examine(folder: Path, spec: ModelSpec, label: str) -> tuple[PeftConfig, Lay
     config = read_config(folder, problems)
     header = read_weights_header(folder, problems)
     layout = None
-    if config is not None and header is not None:
+    if config is not None and not are_quick(config.regexes(), module_shapes(config, spec)):
+        problems.append(
+            "a regular expression of adapter_config.json takes too long to match; a repetition "
+            "inside another, as in (x+)+, is the usual reason"
+        )
+    elif config is not None and header is not None:
         layout = sort_tensors(config, header.tensors, spec)
         layout.fingerprint = header.metadata.get(FINGERPRINT_KEY)
         check_layout(config, layout, header.tensors, spec, problems)

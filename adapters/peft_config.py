@@ -45,11 +45,21 @@ class PeftConfig:
     task_type: str | None
     base_model: str | None
 
+    def regexes(self) -> tuple[str, ...]:
+        """Every regular expression that the methods below match with."""
+        modules = (self.target_modules, self.exclude_modules)
+        return (
+            *(pattern for pattern in modules if isinstance(pattern, str)),
+            *(regex.pattern for regex, _ in (*self.rank_pattern, *self.alpha_pattern)),
+            *map(_saved_regex, self.modules_to_save),
+            *map(_layer_regex, self.layers_pattern),
+        )
+
     def targets(self, path: str) -> bool:
         """Whether a module of the base gets a LoRA, by peft's rules."""
         if _matches(self.exclude_modules, path):
             return False
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save):
+        if any(re.match(_saved_regex(name), path) for name in self.modules_to_save):
             return False
         if self.target_modules is None:
             return False
@@ -232,12 +242,20 @@ def _matches(names: tuple[str, ...] | str, path: str) -> bool:
     return path in names or any(path.endswith(f".{name}") for name in names)
 
 
+def _saved_regex(name: str) -> str:
+    return rf"(^|.*\.){name}($|\..*)"
+
+
+def _layer_regex(pattern: str) -> str:
+    return rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\."
+
+
 def _layer_index(path: str, patterns: tuple[str, ...]) -> int | None:
     """The number of the layer a path lies in.
 
     Patterns name the list of layers; without any, every list counts.
     """
-    regexes = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns]
+    regexes = list(map(_layer_regex, patterns))
     for regex in regexes or [r".*?\.[^.]*\.(?P<index>\d+)\."]:
         match = re.match(regex, path)
         if match is not None:

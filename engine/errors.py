@@ -74,9 +74,3 @@ class WorkerDied(EngineError):
     """The engine worker ended while the request was running; a new worker is being started."""
 
     code = "engine_restarting"
-
-
-class EngineBusy(EngineError):
-    """The queue is full."""
-
-    code = "queue_full"

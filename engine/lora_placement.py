@@ -47,6 +47,8 @@ class _Entry:
     shape: tuple[int, ...]
     start: int
     """Byte offset in the buffer."""
+    is_transposed: bool = False
+    """The buffer holds the matrix's transpose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,9 @@ class PackedAdapter:
             tensor = (
                 buffer[entry.start : entry.start + num_bytes].view(entry.dtype).view(entry.shape)
             )
-            fields.setdefault(entry.path, {})[entry.field] = tensor
+            fields.setdefault(entry.path, {})[entry.field] = (
+                tensor.t() if entry.is_transposed else tensor
+            )
         return {path: PlacedModule(**tensors) for path, tensors in fields.items()}
 
 
@@ -105,11 +109,16 @@ def pack_adapter(
             "own, and every lora_B is zero. Save it after training, or serve the base."
         )
     entries, size = [], 0
+    stored = []
     for path, field, tensor in tensors:
-        entries.append(_Entry(path, field, tensor.dtype, tuple(tensor.shape), size))
+        # A CPU reads b rank by rank (kernels/lora.py); a GPU, row by row.
+        is_transposed = field == "b" and path != EMBEDDING and not pin_memory
+        stored.append(tensor.t() if is_transposed else tensor)
+        shape = tuple(stored[-1].shape)
+        entries.append(_Entry(path, field, tensor.dtype, shape, size, is_transposed))
         size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
     buffer = torch.zeros(size, dtype=torch.uint8, pin_memory=pin_memory)
-    for entry, (_, _, tensor) in zip(entries, tensors, strict=True):
+    for entry, tensor in zip(entries, stored, strict=True):
         flat = tensor.contiguous().view(-1).view(torch.uint8)
         buffer[entry.start : entry.start + flat.numel()] = flat
     return PackedAdapter(buffer, tuple(entries))

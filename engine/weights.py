@@ -191,15 +191,15 @@ def _check_memory(
 ) -> None:
     """Raises NotEnoughMemory when the weights, or what passes through the host, will not fit.
 
-    shard_bytes: what the cached copy's writer keeps beside the model; on a CPU these are the
-    model's own tensors.
+    shard_bytes: what the cached copy's writer keeps beside the model, whose own codes may be in
+    another layout.
     """
     largest = max(plan.stored_bytes(checkpoint, name) for name in plan.sources)
     remedy = "Free memory or choose a smaller base model."
     if quantization == "none":
         remedy = "Use --quantization nf4, free memory or choose a smaller base model."
     what = f"Loading {folder.name} ({quantization if quantization != 'none' else 'not quantised'})"
-    host_bytes = largest + (weights_bytes if device.type == "cpu" else shard_bytes)
+    host_bytes = largest + shard_bytes + (weights_bytes if device.type == "cpu" else 0)
     if device.type != "cpu":
         check_memory(
             what,

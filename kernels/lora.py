@@ -25,7 +25,8 @@ class LoraSlice:
     stop: int
     rows: Sequence[tuple[Tensor, Tensor] | None]
     """By lora index: a [rank, in_features] and b [stop - start, rank] of one dtype, alpha/r folded
-    into b; None: the adapter leaves these columns alone."""
+    into b; None: the adapter leaves these columns alone. On a CPU b is best a transposed view
+    of [rank, stop - start], the order in which it is read."""
 
     def __post_init__(self) -> None:
         width = self.stop - self.start

@@ -99,6 +99,7 @@ class Adapters:
         """
         async with self._lock:
             self.registry.remove(name)
+        self._metrics.adapter_generation.remove(self._metrics.model_name, name)
         log.info("adapter %s unloaded", name)
 
     async def rollback(self, name: str, generation: int | None) -> AdapterRecord:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shlex
 import sys
 from typing import Any
 
 from tqdm import tqdm
 
 from engine.api import EngineInfo, LoadProgress
+from server.chat_template import choose_template
 from server.engine_client import EngineClient
 from server.state import ServerState
 
@@ -45,7 +48,6 @@ async def show_progress(engine: EngineClient) -> None:
 def announce(info: EngineInfo, state: ServerState, url: str, seconds: float) -> None:
     """Tell the operator what runs and where."""
     names = state.registry.names()
-    model = names[0] if names else state.model_names[0]
     notes = "".join(f"{note}\n" for note in info.notes)
     sys.stdout.write(
         f"{notes}\nHerd is ready after {seconds:.1f} s: {state.model_names[0]} "
@@ -53,8 +55,24 @@ def announce(info: EngineInfo, state: ServerState, url: str, seconds: float) -> 
         f"{info.device}), adapters: {', '.join(names) or 'none'}\n"
         f"  page  {url + '/' if state.config.ui else 'off (--no-ui)'}\n"
         f"  API   {url}/v1\n"
-        f"  try   curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
-        f'          -d \'{{"model": "{model}", "messages": '
-        f'[{{"role": "user", "content": "What is NF4?"}}]}}\'\n\n'
+        f"  try   {_curl(state, url)}\n\n"
     )
     sys.stdout.flush()
+
+
+def _curl(state: ServerState, url: str) -> str:
+    """A command to try: a chat where the model can chat, else a text to continue."""
+    record = next(iter(state.registry.records()), None)
+    template = choose_template(
+        state.chat_template, adapter=record, folder_template=state.tokenizer.chat_template
+    )
+    path, body = "completions", {"prompt": "Once upon a time", "max_tokens": 40}
+    if template is not None:
+        message = {"role": "user", "content": "What is NF4?"}
+        path, body = "chat/completions", {"messages": [message]}
+    body = {"model": record.name if record is not None else state.model_names[0], **body}
+    key = " -H 'Authorization: Bearer KEY'" if state.config.api_key else ""
+    return (
+        f"curl {url}/v1/{path}{key} -H 'Content-Type: application/json' \\\n"
+        f"          -d {shlex.quote(json.dumps(body))}"
+    )

@@ -34,7 +34,6 @@ STATUS = {
     "model_not_found": 404,
     "not_enough_memory": 503,
     "engine_restarting": 503,
-    "queue_full": 503,
 }
 RETRY_AFTER_S = {"queue_full": 1, "engine_restarting": 5, "engine_loading": 5, "shutting_down": 30}
 

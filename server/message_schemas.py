@@ -134,6 +134,22 @@ class Message(Body):
         return self.content or self.refusal or ""
 
 
+def check_continuation(
+    messages: list[Message], continues: bool | None, add_generation_prompt: bool | None
+) -> None:
+    """continue_final_message leaves the last message open for the model to go on.
+
+    Raises:
+        ValueError: there is nothing of the assistant's to go on with.
+    """
+    if not continues:
+        return
+    if add_generation_prompt:
+        raise ValueError("continue_final_message: cannot be combined with add_generation_prompt")
+    if messages[-1].role != "assistant":
+        raise ValueError("continue_final_message: the last message must be the assistant's")
+
+
 # --- tools and formats ---
 
 

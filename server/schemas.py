@@ -16,6 +16,7 @@ from server.message_schemas import (
     Text,
     TokenId,
     Tool,
+    check_continuation,
     only,
     unsupported,
 )
@@ -181,13 +182,7 @@ class ChatCompletionRequest(GenerationRequest):
     def _consistent_chat(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: only allowed with logprobs=true")
-        if self.continue_final_message:
-            if self.add_generation_prompt:
-                raise ValueError(
-                    "continue_final_message: cannot be combined with add_generation_prompt"
-                )
-            if self.messages[-1].role != "assistant":
-                raise ValueError("continue_final_message: the last message must be the assistant's")
+        check_continuation(self.messages, self.continue_final_message, self.add_generation_prompt)
         if self.parallel_tool_calls is not None and not self.tools:
             raise ValueError("parallel_tool_calls: only allowed with tools")
         return self

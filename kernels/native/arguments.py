@@ -42,7 +42,9 @@ def is_index(tensor: Tensor) -> bool:
 
 def can_add(part: LoraSlice, dtype: torch.dtype) -> bool:
     """Whether a slice's matrices are as the library reads them."""
-    return all(row is None or (is_plain(*row) and row[0].dtype == dtype) for row in part.rows)
+    return all(
+        row is None or (is_plain(row[0], row[1].t()) and row[0].dtype == dtype) for row in part.rows
+    )
 
 
 def lora_slices(

@@ -123,7 +123,7 @@ def _paged_attention(native: NativeOperations, generator: torch.Generator) -> bo
 
 def _add_lora(native: NativeOperations, generator: torch.Generator) -> bool:
     y, x = _random(generator, 4, 24), _random(generator, 4, 128)
-    rows = [(_random(generator, 5, 128), _random(generator, 20, 5)), None]
+    rows = [(_random(generator, 5, 128), _random(generator, 5, 20).t()), None]
     indices, scales = torch.tensor([0, -1, 1, 0]).int(), torch.tensor([1.0, 1.0, 1.0, 0.5])
     expected = y.clone()
     slices = [lora.LoraSlice(4, 24, rows)]

@@ -11,12 +11,13 @@ from starlette.responses import Response
 
 from server.errors import bad_request, json_response
 from server.limits import body_of
-from server.message_schemas import Body, Message, Text, TokenId, Tool
+from server.message_schemas import Body, Message, Text, TokenId, Tool, check_continuation
 from server.prompts import chat_tokens, template_for, template_messages
 from server.state import ServerState, state_of
 from server.tools import plan_tools
 
 router = APIRouter()
+FOR_MESSAGES = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
 
 
 class TokenizeRequest(Body):
@@ -36,6 +37,14 @@ class TokenizeRequest(Body):
     def _one_input(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("prompt: expected either prompt or messages")
+        if self.messages is not None:
+            check_continuation(
+                self.messages, self.continue_final_message, self.add_generation_prompt
+            )
+            return self
+        for name in FOR_MESSAGES:
+            if getattr(self, name):
+                raise ValueError(f"{name}: only allowed with messages")
         return self
 
 

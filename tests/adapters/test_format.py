@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapters import pattern_check
 from adapters.folder import CHAT_TEMPLATE_FILE, CONFIG_FILE, TOKENIZER_CONFIG_FILE, WEIGHTS_FILE
 from adapters.format import inspect_adapter, read_adapter
 from adapters.writer import write_adapter
@@ -61,6 +62,23 @@ def test_the_header_says_what_the_adapter_is(base, peft_adapter):
     assert info.chat_template is None
     assert info.fingerprint is None
     assert not info.is_guanaco
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": r"(\w+\.?)+#"},
+        {"exclude_modules": r"(.+)+#"},
+        {"rank_pattern": {"(.+)+#": 4}},
+        {"modules_to_save": ["(.+)+#"]},
+    ],
+)
+def test_a_regular_expression_that_would_stop_the_server_is_refused(
+    base, folder, changes, monkeypatch
+):
+    monkeypatch.setattr(pattern_check, "TIMEOUT_S", 0.5)
+    edit_config(folder, **changes)
+    assert "takes too long to match" in refusal(folder, base)
 
 
 def test_guanaco_is_recognised_by_label_or_base(folder, base):

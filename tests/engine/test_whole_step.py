@@ -57,7 +57,7 @@ def random_rows(model: CausalLM, *, others: bool = False):
         a = torch.randn(rank, in_features, generator=generator).to(model.dtype)
         b = torch.randn(out_features, rank, generator=generator).to(model.dtype)
         offset = torch.randn(out_features, generator=generator) if others else None
-        return PlacedModule(a=0.1 * a, b=0.1 * b, offset=offset)
+        return PlacedModule(a=0.1 * a, b=(0.1 * b).t().contiguous().t(), offset=offset)
 
     layer_paths = [path for path in model.spec.linear_shapes() if path != "lm_head"]
     return [

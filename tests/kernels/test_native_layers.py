@@ -132,7 +132,7 @@ def lora_case(dtype, num_tokens=9):
     """Two slices; adapters of ranks 3, 16 and 40, one of which leaves the second slice alone."""
 
     def pair(rank: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = random(rank, 128, dtype=dtype, seed=width), random(width, rank, dtype=dtype)
+        a, b = random(rank, 128, dtype=dtype, seed=width), random(rank, width, dtype=dtype).t()
         return 0.1 * a, 0.1 * b
 
     slices = [

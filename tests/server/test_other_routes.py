@@ -257,6 +257,19 @@ async def test_tokens_that_do_not_exist_are_refused(client, tokens):
     assert response.json()["error"]["param"].startswith("tokens")
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": "a", "continue_final_message": True}, "continue_final_message"),
+        ({"prompt": "a", "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"messages": USER, "continue_final_message": True}, "continue_final_message"),
+    ],
+)
+async def test_tokenize_refuses_what_a_chat_would_refuse(client, fields, param):
+    response = await client.post("/tokenize", json=fields)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
 async def test_scores(client, state):
     add_adapter(state, "reward", has_score_head=True)
     body = {"model": "reward", "input": ["a", "b"]}
@@ -382,3 +395,5 @@ async def test_adapter_loads_are_counted(client, folder):  # noqa: ARG001
     found = await metrics(client)
     assert found["herd_adapter_load_seconds_count", "ada", None] == 1
     assert found["herd_adapter_generation", "ada", None] == 1
+    await client.post("/v1/unload_lora_adapter", json={"lora_name": "ada"})
+    assert ("herd_adapter_generation", "ada", None) not in await metrics(client)

@@ -23,7 +23,7 @@ struct Matrix {
 // One adapter's low-rank pair for one slice: y += scale * (x a^T) b^T. Dtype: the activations'.
 struct LoraPair {
   const void* a;  // [rank, in], or null: the adapter leaves the slice alone
-  const void* b;  // [stop - start, rank]
+  const void* b;  // transposed: [rank, stop - start]
   int64_t rank;
 };
 

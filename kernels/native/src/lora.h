@@ -43,40 +43,81 @@ static void lora_down_task(void* context, long task) {
                       c.starts[group + 1] - start, out);
 }
 
+// Up to T tokens and C vectors of columns: the sums run over the rank, from its beginning to its end.
+template <typename E, int T, int C>
+static inline void lora_up_tile(const LoraCall<E>& c, const herd::LoraPair& pair, long width,
+                                long row, const E* down, E* y, long n) {
+  Vec sums[T][C];
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++)
+#pragma GCC unroll 4
+    for (int i = 0; i < C; i++) sums[t][i] = splat(0.0f);
+  const E* b = (const E*)pair.b + n;
+  for (long r = 0; r < pair.rank; r++, b += width) {
+    Vec weights[C];
+#pragma GCC unroll 4
+    for (int i = 0; i < C; i++) weights[i] = load(b + i * Vec::N);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {
+      const Vec factor = splat(to_float(down[t * c.down_stride + r]));
+#pragma GCC unroll 4
+      for (int i = 0; i < C; i++) sums[t][i] = fma(factor, weights[i], sums[t][i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < T; t++) {
+    const long token = c.order[row + t];
+    const Vec scale = splat(c.tokens->scales[token]);
+    E* to = y + token * c.y_stride + n;
+#pragma GCC unroll 4
+    for (int i = 0; i < C; i++)
+      store(to + i * Vec::N, load(to + i * Vec::N) + rounded(sums[t][i], down) * scale);
+  }
+}
+
+// The columns that fill no vector.
+template <typename E>
+static void lora_up_rest(const LoraCall<E>& c, const herd::LoraPair& pair, long width, long row,
+                         const E* down, E* y, long n, long stop) {
+  const long token = c.order[row];
+  for (; n < stop; n++) {
+    float total = 0.0f;
+    const E* b = (const E*)pair.b + n;
+    for (long r = 0; r < pair.rank; r++)
+      total = __builtin_fmaf(to_float(down[r]), to_float(b[r * width]), total);
+    E update, *to = y + token * c.y_stride + n;
+    set(&update, total);
+    const float scaled = to_float(update) * c.tokens->scales[token];
+    set(to, to_float(*to) + scaled);
+  }
+}
+
 // y += scale * (down b^T) for one adapter, slice and share of the columns.
 template <typename E>
 static void lora_up_task(void* context, long task) {
+  constexpr int T = 4, C = 2;
   const LoraCall<E>& c = *(const LoraCall<E>*)context;
   const long group = task / (c.num_slices * c.pieces), slice = task / c.pieces % c.num_slices;
   const herd::LoraSlice& part = c.slices[slice];
   const herd::LoraPair& pair = part.rows[c.groups[group]];
   if (!pair.a) return;
-  const long width = part.stop - part.start, rank = pair.rank;
-  const long share = ceil_div(ceil_div(width, c.pieces), 4) * 4;
+  const long width = part.stop - part.start, step = C * Vec::N;
+  const long share = ceil_div(ceil_div(width, c.pieces), step) * step;
   const long first = least(width, task % c.pieces * share), stop = least(width, first + share);
-  for (long row = c.starts[group]; row < c.starts[group + 1]; row++) {
-    const long token = c.order[row];
+  E* y = c.y + part.start;
+  for (long row = c.starts[group]; row < c.starts[group + 1];) {
     const E* down = c.down + row * c.down_stride + c.columns[slice];
-    const float scale = c.tokens->scales[token];
-    E* y = c.y + token * c.y_stride + part.start;
-    for (long n = first; n < stop; n += 4) {
-      const long count = least(4, stop - n);
-      Vec acc[4];
-      for (int i = 0; i < 4; i++) acc[i] = splat(0.0f);
-      for (long r = 0; r < rank; r += Vec::N) {
-        const Vec weight = load_some(down + r, rank - r);
-        for (long i = 0; i < count; i++)
-          acc[i] = fma(load_some((const E*)pair.b + (n + i) * rank + r, rank - r), weight, acc[i]);
-      }
-      float totals[4];
-      sums(acc[0], acc[1], acc[2], acc[3], totals);
-      for (long i = 0; i < count; i++) {
-        E update;
-        set(&update, totals[i]);
-        const float scaled = to_float(update) * scale;
-        set(y + n + i, to_float(y[n + i]) + scaled);
-      }
+    const bool is_full = row + T <= c.starts[group + 1];
+    long n = first;
+    for (; n + step <= stop; n += step) {
+      if (is_full)
+        lora_up_tile<E, T, C>(c, pair, width, row, down, y, n);
+      else
+        lora_up_tile<E, 1, C>(c, pair, width, row, down, y, n);
     }
+    for (int t = 0; t < (is_full ? T : 1); t++)
+      lora_up_rest(c, pair, width, row + t, down + t * c.down_stride, y, n, stop);
+    row += is_full ? T : 1;
   }
 }
 
