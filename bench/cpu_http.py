@@ -2,8 +2,8 @@
 
 Run      python -m bench.cpu_http    (bench/cpu.py does); prints JSON
 Method   start-up is from the command to /health saying ready. Speed is that of a streamed chat
-         answer, from its first to its last token; with several requests at once all their tokens
-         count. Memory is that of both processes together, shared pages counted once.
+         answer, from sending the question to the last token; with several requests at once all
+         their tokens count. Memory is that of both processes together, shared pages counted once.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def processor_s(pids: list[int]) -> float:
 
 
 def answer(url: str, model: str, max_tokens: int) -> tuple[int, float, float]:
-    """One streamed answer: (tokens after the first, when the first came, when the last came)."""
+    """One streamed answer: (tokens, when the question was sent, when the last token came)."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": "Tell me everything you know about llamas."}],
@@ -63,7 +63,8 @@ def answer(url: str, model: str, max_tokens: int) -> tuple[int, float, float]:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    times, num_tokens = [], 0
+    sent = last = time.perf_counter()
+    num_tokens = 0
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=120) as response:
         response.raise_for_status()
         for line in response.iter_lines():
@@ -72,8 +73,8 @@ def answer(url: str, model: str, max_tokens: int) -> tuple[int, float, float]:
             chunk = json.loads(line.removeprefix("data: "))
             num_tokens = (chunk.get("usage") or {}).get("completion_tokens", num_tokens)
             if chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
-                times.append(time.perf_counter())
-    return num_tokens - 1, times[0], times[-1]
+                last = time.perf_counter()
+    return num_tokens, sent, last
 
 
 def measure(url: str, pids: list[int], model: str, batch: int, max_tokens: int) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def measure(url: str, pids: list[int], model: str, batch: int, max_tokens: int) 
         done = list(threads.map(lambda _: answer(url, model, max_tokens), range(batch)))
     wall = time.perf_counter() - started
     used = processor_s(pids) + time.process_time() - own
-    seconds = max(last for _, _, last in done) - min(first for _, first, _ in done)
+    seconds = max(last for _, _, last in done) - min(sent for _, sent, _ in done)
     return {
         "kind": "http",
         "size": batch,

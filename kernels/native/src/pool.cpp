@@ -32,9 +32,11 @@ constexpr auto kWatch = std::chrono::microseconds(60);
 
 // A machine that others use too takes a worker's processor away in the middle of a task, and the
 // caller waits for milliseconds. A loop that ends with such a wait makes the caller work alone for
-// some loops; the more often, the more.
+// a while, twice as long if that follows soon on another.
 constexpr auto kStall = std::chrono::microseconds(200);
-constexpr int kLeastAlone = 16, kMostAlone = 1024;
+constexpr auto kLeastAlone = std::chrono::milliseconds(2);
+constexpr auto kMostAlone = std::chrono::milliseconds(64);
+typedef std::chrono::steady_clock Clock;
 
 struct alignas(64) Range {
   std::atomic<uint64_t> word{0};
@@ -55,9 +57,8 @@ struct State {
   pid_t pid = getpid();
   std::atomic<int> num_threads{1};
   int num_started = 0;
-  int num_alone = 0;             // loops still to be run by the caller alone
-  int penalty = kLeastAlone;     // and how many after the next stall
-  int num_smooth = 0;            // shared loops since the last stall
+  Clock::time_point alone_until{};
+  Clock::duration penalty = kLeastAlone;  // how long to work alone after the next stall
 
   // The running loop. Written only between loops, by the caller.
   Task task = nullptr;
@@ -147,14 +148,13 @@ void run(Task task, void* context, long num_tasks) {
     return;
   }
   in_loop = true;
-  if (state->num_alone > 0) {
-    state->num_alone--;
+  const auto started = Clock::now();
+  if (started < state->alone_until) {
     for (long i = 0; i < num_tasks; i++) task(context, i);
     in_loop = false;
     state->callers.unlock();
     return;
   }
-  const auto started = std::chrono::steady_clock::now();
   const uint64_t loop = state->loop.load(std::memory_order_relaxed) + 1;
   state->task = task;
   state->context = context;
@@ -171,20 +171,20 @@ void run(Task task, void* context, long num_tasks) {
   }
   work(0, loop);
   if (state->num_left.load(std::memory_order_acquire) > 0) {
-    const auto waiting = std::chrono::steady_clock::now();
+    const auto waiting = Clock::now();
     for (int spins = 0; state->num_left.load(std::memory_order_acquire) > 0; spins++) {
       HERD_PAUSE();
       if ((spins & 1023) == 1023) std::this_thread::yield();
     }
-    const auto waited = std::chrono::steady_clock::now() - waiting;
+    const auto now = Clock::now();
+    const auto waited = now - waiting;
     // Long loops have long tasks, and so an honest wait for the last of them.
     if (waited > kStall && waited > (waiting - started) / 2) {
-      state->num_alone = state->penalty;
-      state->penalty = state->penalty * 2 < kMostAlone ? state->penalty * 2 : kMostAlone;
-      state->num_smooth = 0;
+      if (now - state->alone_until > kMostAlone) state->penalty = kLeastAlone;
+      state->alone_until = now + state->penalty;
+      if (state->penalty < kMostAlone) state->penalty *= 2;
     }
   }
-  if (++state->num_smooth >= 256) state->penalty = kLeastAlone;
   in_loop = false;
   state->callers.unlock();
 }
