@@ -57,18 +57,20 @@ class QuantizedFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._writer.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def check_space(self, needed_bytes: int) -> None:
-        """Raises OSError when the disk has no room for so much."""
+        """Raises OSError when the disk has no room for so much, and for one file's spool."""
         free = shutil.disk_usage(self._partial).free
+        needed_bytes += min(needed_bytes, MAX_SHARD_BYTES)
         if free < needed_bytes:
             raise OSError(
                 f"{format_bytes(needed_bytes)} needed, {format_bytes(free)} free on the disk"
             )
 
     def add(self, name: str, value: torch.Tensor | QuantizedWeight) -> None:
-        """Take one of the model's tensors; kept until its file is written. Raises OSError."""
+        """Take one of the model's tensors and write it to the disk. Raises OSError."""
         if isinstance(value, QuantizedWeight):
             self._writer.add(weight_tensors(name, value))
         else:

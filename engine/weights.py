@@ -33,7 +33,6 @@ from engine.model_config import DTYPES, ModelSpec, declared_dtype
 from engine.quantize import checkpoint_dtype, read_tensors, stored_quantization
 from engine.quantized_cache import CacheWriter, cached_folder, default_cache_dir, open_cached
 from engine.quantized_folder import QuantSettings
-from engine.shard_writer import MAX_SHARD_BYTES
 from engine.tensor_plan import TensorPlan, plan_tensors
 from kernels.nf4 import QuantizedWeight, dequantize_4bit
 
@@ -110,8 +109,7 @@ def load_model(
             config.lm_head_dtype, {name: w.quant_type for name, w in plan.quantized.items()}
         )
         weights_bytes += extra_head_bytes(plan.spec, dtype, head_dtype)
-        shard_bytes = 0 if settings is None else min(MAX_SHARD_BYTES, weights_bytes)
-        _check_memory(folder, checkpoint, plan, quantization, weights_bytes, device, shard_bytes)
+        _check_memory(folder, checkpoint, plan, quantization, weights_bytes, device)
         writer = None
         if settings is not None and cache is not None:
             disk_bytes = estimate_weights_bytes(plan.spec, quantization, stored_dtype)
@@ -187,19 +185,14 @@ def _check_memory(
     quantization: str,
     weights_bytes: int,
     device: torch.device,
-    shard_bytes: int,
 ) -> None:
-    """Raises NotEnoughMemory when the weights, or what passes through the host, will not fit.
-
-    shard_bytes: what the cached copy's writer keeps beside the model, whose own codes may be in
-    another layout.
-    """
+    """Raises NotEnoughMemory when the weights, or what passes through the host, will not fit."""
     largest = max(plan.stored_bytes(checkpoint, name) for name in plan.sources)
     remedy = "Free memory or choose a smaller base model."
     if quantization == "none":
         remedy = "Use --quantization nf4, free memory or choose a smaller base model."
     what = f"Loading {folder.name} ({quantization if quantization != 'none' else 'not quantised'})"
-    host_bytes = largest + shard_bytes + (weights_bytes if device.type == "cpu" else 0)
+    host_bytes = largest + (weights_bytes if device.type == "cpu" else 0)
     if device.type != "cpu":
         check_memory(
             what,
