@@ -103,7 +103,7 @@ def error_response(error: ApiError) -> Response:
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if error.status == 413:
-        headers["Connection"] = "close"  # the rest of the body is not read
+        headers["Connection"] = "close"  # the rest of the body is read for a while, then cut off
     return json_response(error_body(error), error.status, headers)
 
 
@@ -197,7 +197,7 @@ def install(app: FastAPI) -> None:
             request.url.path,
             error.status,
             error.code,
-            error.message,
+            " ".join(error.message.split()),  # a line an event, whatever the client sent
         )
         return error_response(error)
 

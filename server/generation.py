@@ -129,7 +129,7 @@ async def _sequence(
                     assert delta.error is not None
                     raise from_engine(delta.error)
                 if delta.finish_reason == "cancelled":
-                    raise ApiError(503, "The server stopped the request.", code="cancelled")
+                    raise ApiError(503, "The server is shutting down.", code="shutting_down")
                 piece = _read(delta, index, answer, unplaced, params.stop_token_ids)
                 if piece.finish_reason is not None:
                     timer.end(piece.finish_reason)
