@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bench.as_served  # noqa: F401  (first: it acts before PyTorch is there)
 from adapters.format import read_ref
 from bench.cpu_load import best, resident_bytes, speed_row
 from bench.cpu_models import NUM_ADAPTERS, VOCAB_SIZE, make_adapter

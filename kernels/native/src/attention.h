@@ -92,6 +92,9 @@ static void gather(const herd::Attention& a, const void* cache, const int32_t* t
                     (block * a.block_size + position % a.block_size) * slot_size +
                     kv_head * a.head_dim;
     float* to = out + (position - split) * a.head_dim;
+    // The next head, most likely this thread's next task, lies behind this one.
+    for (long d = 0; d < a.head_dim; d += 64 / (long)sizeof(E))
+      __builtin_prefetch(from + a.head_dim + d);
     for (long d = 0; d < a.head_dim; d += Vec::N) store(to + d, load(from + d));
   }
 }
@@ -137,12 +140,14 @@ static void attention_task(void* context, long task) {
   const long earliest = most(0, first_position - reach + 1);
   for (long split = earliest / kKeys * kKeys; split <= last_position; split += kKeys) {
     const long needed = most(split, earliest), end = least(split + kKeys, last_position + 1);
-    if (needed > split || end < split + kKeys) memset(keys, 0, kKeys * head_dim * sizeof(float));
     gather<E>(a, a.k_cache, table, kv_head, split, needed, end, keys);
     gather<E>(a, a.v_cache, table, kv_head, split, needed, end, values);
-    // Of all rows with all keys that a row can see; what a single row cannot is dropped after.
-    const long last = ceil_div(end - split, 4) * 4;
-    for (long j = (needed - split) / 4 * 4; j < last; j += 4) {
+    // Of all rows with all keys that a row can see, in fours filled up with zeros; what a single
+    // row cannot see is dropped after.
+    const long start = (needed - split) / 4 * 4, last = ceil_div(end - split, 4) * 4;
+    for (long j = start; j < needed - split; j++) memset(keys + j * head_dim, 0, head_dim * 4);
+    for (long j = end - split; j < last; j++) memset(keys + j * head_dim, 0, head_dim * 4);
+    for (long j = start; j < last; j += 4) {
       long r = 0;
       for (; r + kQueries <= num_rows; r += kQueries)
         four_scores<kQueries>(queries + r * head_dim, keys + j * head_dim, head_dim,

@@ -147,7 +147,9 @@ struct Output {
     if (row_scales)
       for (int r = 0; r < R; r++) totals[r] *= row_scales[n + r];
     if (bias)
-      for (int r = 0; r < R; r++) set(to + r, totals[r] + to_float(bias[n + r]));
+      for (int r = 0; r < R; r++) totals[r] += to_float(bias[n + r]);
+    if (R == 4)
+      set_four(to, totals);
     else
       for (int r = 0; r < R; r++) set(to + r, totals[r]);
   }

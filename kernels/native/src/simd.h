@@ -35,6 +35,22 @@ static inline void set(bf16* out, float value) {
   out->bits = (uint16_t)((rounded & ~is_nan) | (0x7fc0 & is_nan));
 }
 static inline void set(float* out, float value) { *out = value; }
+static inline void set_four(float* out, const float* values) { memcpy(out, values, 16); }
+#if defined(__AVX2__)
+static inline void set_four(bf16* out, const float* values) {
+  const __m128 four = _mm_loadu_ps(values);
+  const __m128i word = _mm_castps_si128(four);
+  const __m128i odd = _mm_and_si128(_mm_srli_epi32(word, 16), _mm_set1_epi32(1));
+  const __m128i sum = _mm_add_epi32(_mm_add_epi32(word, _mm_set1_epi32(0x7fff)), odd);
+  const __m128i is_nan = _mm_castps_si128(_mm_cmpunord_ps(four, four));
+  const __m128i bits = _mm_blendv_epi8(_mm_srli_epi32(sum, 16), _mm_set1_epi32(0x7fc0), is_nan);
+  _mm_storel_epi64((__m128i*)out, _mm_packus_epi32(bits, bits));
+}
+#else
+static inline void set_four(bf16* out, const float* values) {
+  for (int i = 0; i < 4; i++) set(out + i, values[i]);
+}
+#endif
 
 static inline long least(long a, long b) { return a < b ? a : b; }
 static inline long most(long a, long b) { return a > b ? a : b; }
