@@ -139,7 +139,7 @@ def from_validation(error: ValidationError) -> ApiError:
 
 
 # A check over several parameters begins its message with the one at fault.
-_NAMED = re.compile(r"Value error, ([a-z_]+): ")
+_NAMED = re.compile(r"Value error, ([a-z_0-9]+): ")
 
 
 def _deepest(problems: list[Any]) -> list[Any]:

@@ -224,7 +224,7 @@ def template_for(state: ServerState, adapter: AdapterRecord | None, model: str) 
 
 def _ranks(body: ChatCompletionRequest | CompletionRequest) -> bool:
     """Whether best_of has something to choose from, by log-probability."""
-    return (body.best_of or 1) > (body.n or 1)
+    return body.reward_adapter is None and (body.best_of or 1) > (body.n or 1)
 
 
 def _one_grammar(first: GrammarSpec | None, body: GenerationRequest) -> GrammarSpec | None:

@@ -18,6 +18,7 @@ ROUTES = [
     ("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter"), ("GET", "/v1/adapters"),
     ("GET", "/v1/adapters/ada"), ("POST", "/v1/adapters/ada/rollback"), ("POST", "/tokenize"),
     ("POST", "/detokenize"), ("GET", "/version"), ("GET", "/metrics"), ("GET", "/v1/unknown"),
+    ("POST", "/score"), ("POST", "/pooling"), ("POST", "/v1/rewards"),
 ]  # fmt: skip
 ADMIN = [
     ("DELETE", "/v1/models/ada"), ("POST", "/v1/load_lora_adapter"),
