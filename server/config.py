@@ -59,6 +59,9 @@ class ServerConfig:
     open."""
     ui: bool = True
     """The chat page at /."""
+    feedback: bool = True
+    """Take feedback on answers. The newest answers are held in memory until somebody judges one;
+    only those are kept, in the database."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """What is logged."""
 

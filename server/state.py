@@ -22,6 +22,8 @@ from server.adapters import Adapters
 from server.chat_template import ChatTemplate
 from server.config import ServerConfig
 from server.errors import ApiError
+from server.feedback import Feedback
+from server.files import Files
 from server.generation import Generates
 from server.metrics import Metrics
 from server.tokenizer import Tokenizer
@@ -59,6 +61,8 @@ class ServerState:
     max_num_seqs: int
     """Sequences that run at once; what is admitted beyond them waits."""
     metrics: Metrics
+    files: Files
+    feedback: Feedback
     chat_template: ChatTemplate | None = None
     """--chat-template."""
     version: str = "0.1.0"

@@ -16,9 +16,10 @@ from starlette.responses import Response
 from server.answers import Usage, chat_logprobs
 from server.best_of import judge_of
 from server.errors import json_response
+from server.feedback import Exchange
 from server.generation import Piece, TokenInfo, run
 from server.limits import body_of
-from server.prompts import ChatJob, chat_job
+from server.prompts import ChatJob, chat_job, plain_messages
 from server.schemas import ChatCompletionRequest
 from server.state import Lease, ServerState, state_of
 from server.streaming import open_stream, until_gone
@@ -104,6 +105,7 @@ async def _answer(
         lease.release()
     if judge is not None or len(choices) > (body.n or 1):
         choices = sorted(choices, key=_Choice.value, reverse=True)[: body.n or 1]
+    _remember(body, state, lease, envelope["id"], [choice.text for choice in choices])
     return {
         **envelope,
         "object": "chat.completion",
@@ -149,6 +151,7 @@ async def _events(
     shows_usage = bool(body.stream_options and body.stream_options.include_usage)
     parsers = [chat.plan.parser() for _ in range(job.num_choices)]
     has_begun = [False] * job.num_choices
+    texts = [""] * job.num_choices
 
     def chunk(choices: list[dict[str, Any]], total: dict[str, Any] | None = None) -> dict[str, Any]:
         base = {**envelope, "object": "chat.completion.chunk", "choices": choices}
@@ -158,6 +161,7 @@ async def _events(
         async with aclosing(run(state.engine, state.tokenizer, job, state.metrics)) as pieces:
             async for piece in pieces:
                 usage.add(piece, job.num_choices)
+                texts[piece.index] += piece.text
                 if not has_begun[piece.index]:
                     has_begun[piece.index] = True
                     first = {"role": "assistant", "content": ""}
@@ -168,6 +172,31 @@ async def _events(
             yield chunk([], usage.to_dict())
     finally:
         lease.release()
+        _remember(body, state, lease, envelope["id"], texts)  # a stopped answer, too
+
+
+def _remember(
+    body: ChatCompletionRequest,
+    state: ServerState,
+    lease: Lease,
+    request_id: str,
+    texts: list[str],
+) -> None:
+    """Hold the answers, as the model wrote them, in case somebody judges one."""
+    messages = plain_messages(body.messages)
+    if body.continue_final_message:
+        begun = messages.pop()["content"]
+        texts = [begun + text for text in texts]
+    prompt: dict[str, Any] = {"messages": messages}
+    if body.tools:
+        prompt["tools"] = [tool.model_dump(exclude_none=True) for tool in body.tools]
+    exchange = Exchange(
+        model=body.model,
+        generation=lease.ref.generation if lease.ref is not None else None,
+        prompt=prompt,
+        answers=tuple(texts),
+    )
+    state.feedback.remember(request_id, exchange)
 
 
 def _piece_choices(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +27,10 @@ from engine.api import (
 from engine.errors import AdapterError
 from server.adapters import Adapters
 from server.config import ServerConfig
+from server.data_folder import DataFolder
+from server.database import Database
+from server.feedback import Feedback
+from server.files import Files
 from server.metrics import Metrics
 from server.state import ServerState
 from server.tokenizer import Tokenizer
@@ -175,8 +181,14 @@ def build_state(engine: FakeEngine | None = None, **config: object) -> ServerSta
     metrics = Metrics("base")
     spec: Any = SimpleNamespace()
     adapters = Adapters(spec, engine, metrics, reserved_names=("base",))
+    server_config = ServerConfig(**config)  # type: ignore[arg-type]
+    folder = tempfile.TemporaryDirectory(prefix="herd-test-")
+    _folders.append(folder)
+    data = DataFolder(Path(folder.name))
+    database = Database(data.database_url())
+    files = Files(database, data)
     return ServerState(
-        config=ServerConfig(**config),  # type: ignore[arg-type]
+        config=server_config,
         engine=engine,
         registry=adapters.registry,
         adapters=adapters,
@@ -185,7 +197,13 @@ def build_state(engine: FakeEngine | None = None, **config: object) -> ServerSta
         base_path="/models/base",
         max_num_seqs=4,
         metrics=metrics,
+        files=files,
+        feedback=Feedback(database, files, is_on=server_config.feedback),
     )
+
+
+_folders: list[tempfile.TemporaryDirectory] = []
+"""Gone when the tests end."""
 
 
 def add_adapter(state: ServerState, name: str, **info: object) -> AdapterRef:
