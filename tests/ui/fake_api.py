@@ -20,6 +20,9 @@ class FakeApi:
     """The last message decides what happens: "slow", "fail", "break", "long", or a plain echo."""
 
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    response_ids: list[str] = field(default_factory=list)
+    """Of chats; "<model>-<number>"."""
+    judgements: list[dict[str, Any]] = field(default_factory=list)
     num_disconnects: int = 0
     num_running: int = 0
     max_running: int = 0
@@ -37,6 +40,7 @@ class FakeApi:
         app.add_api_route("/v1/models", self.models)
         app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
         app.add_api_route("/v1/completions", self.complete, methods=["POST"])
+        app.add_api_route("/v1/feedback", self.judge, methods=["POST"])
         return app
 
     async def health(self) -> Response:
@@ -71,7 +75,15 @@ class FakeApi:
         words = (
             LONG_ANSWER if text in ("slow", "burst") else f"{body['model']} says: {text}".split(" ")
         )
-        return self._stream(body["model"], words, text, lambda word: {"delta": {"content": word}})
+        response_id = f"{body['model']}-{len(self.response_ids)}"
+        self.response_ids.append(response_id)
+        return self._stream(
+            body["model"],
+            words,
+            text,
+            lambda word: {"delta": {"content": word}},
+            id=response_id,
+        )
 
     async def complete(self, request: Request) -> Response:
         if refusal := self._refusal(request):
@@ -81,13 +93,22 @@ class FakeApi:
         words = ["and", "so", "on"]
         return self._stream(body["model"], words, body["prompt"], lambda word: {"text": word})
 
+    async def judge(self, request: Request) -> Response:
+        if refusal := self._refusal(request):
+            return refusal
+        body = await request.json()
+        if body["response_id"] not in self.response_ids:
+            return error(404, "No such response is remembered.", "response_not_found")
+        self.judgements.append(body)
+        return JSONResponse({"object": "feedback", **body})
+
     def _refusal(self, request: Request) -> JSONResponse | None:
         wanted = f"Bearer {self.required_key}"
         if self.required_key and request.headers.get("authorization") != wanted:
             return error(401, "The API key is not valid here.", "invalid_api_key")
         return None
 
-    def _stream(self, model, words, text, choice) -> StreamingResponse:
+    def _stream(self, model, words, text, choice, **envelope) -> StreamingResponse:
         async def events() -> AsyncIterator[str]:
             self.num_running += 1
             self.max_running = max(self.max_running, self.num_running)
@@ -106,7 +127,12 @@ class FakeApi:
                         is_finished = True
                         return
                     spaced = word if text == "slow" or i == 0 else " " + word
-                    yield sse({"choices": [{"index": 0, **choice(spaced), "finish_reason": None}]})
+                    yield sse(
+                        {
+                            **envelope,
+                            "choices": [{"index": 0, **choice(spaced), "finish_reason": None}],
+                        }
+                    )
                     if text == "cut":
                         return
                     if text == "garbage":

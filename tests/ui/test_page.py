@@ -380,3 +380,74 @@ def test_the_page_fits_a_phone(page):
     wait_for_answer(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     expect(box(page)).to_be_visible()
+
+
+def thumb(page, name):
+    return page.get_by_role("button", name=name, exact=True).locator("visible=true").last
+
+
+def test_thumbs_are_kept_and_a_second_click_takes_them_back(page, api):
+    ask(page, "hello")
+    wait_for_answer(page)
+    thumb(page, "Like").click()
+    expect(bylines(page)).to_have_text(re.compile("· noted: good$"))
+    thumb(page, "Like").click()
+    expect(bylines(page)).to_have_text(re.compile("tokens/s$"))
+    assert api.judgements == [
+        {"response_id": "guanaco-0", "rating": "up"},
+        {"response_id": "guanaco-0", "rating": "none"},
+    ]
+    ask(page, "and now?")  # the verdict is no part of the conversation
+    wait_for_answer(page, 2)
+    assert [m["content"] for m in api.bodies[-1]["messages"]] == [
+        "hello",
+        "guanaco says: hello",
+        "and now?",
+    ]
+
+
+def test_after_thumbs_down_a_better_answer_can_be_given(page, api):
+    ask(page, "hello")
+    wait_for_answer(page)
+    better = page.get_by_label("What would have been a better answer?")
+    expect(better).to_be_hidden()
+    thumb(page, "Dislike").click()
+    better.fill("good day")
+    page.get_by_role("button", name="Keep").click()
+    expect(bylines(page)).to_have_text(re.compile("· noted: bad, with your better answer$"))
+    expect(better).to_be_hidden()
+    assert api.judgements == [
+        {"response_id": "guanaco-0", "rating": "down"},
+        {"response_id": "guanaco-0", "preferred": "good day"},
+    ]
+
+
+def test_the_better_of_two_answers_is_kept(page, api):
+    page.get_by_role("tab", name="Side by side").click()
+    ask(page, "hello")
+    wait_for_answer(page, 2)
+    button(page, "Right is better").click()
+    expect(bylines(page).first).to_have_text(re.compile("· noted: the worse one$"))
+    expect(bylines(page).last).to_have_text(re.compile("· noted: the better one$"))
+    loser = next(i for i in api.response_ids if i.startswith("guanaco"))
+    assert api.judgements == [{"response_id": loser, "preferred": "pirate says: hello"}]
+    ask(page, "and now?")
+    wait_for_answer(page, 4)
+    button(page, "Left is better").click()
+    expect(page.get_by_text("Two answers can be compared where")).to_be_visible()
+    assert len(api.judgements) == 1  # the conversations differ since the first answers
+
+
+def test_an_answer_that_nobody_remembers_cannot_be_judged(page, api):
+    ask(page, "hello")
+    wait_for_answer(page)
+    api.response_ids.clear()
+    thumb(page, "Like").click()
+    expect(page.get_by_text("No such response is remembered.")).to_be_visible()
+    expect(bylines(page)).to_have_text(re.compile("tokens/s$"))
+    button(page, "Clear").click()
+    pick(page, "Who answers", "herd-demo")
+    ask(page, "Once")
+    wait_for_answer(page)
+    thumb(page, "Like").click()
+    expect(page.get_by_text("Only answers that a chat gave")).to_be_visible()

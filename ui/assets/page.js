@@ -50,7 +50,7 @@
     sessionStorage.setItem("herd-api-key", key.trim().replace(/[^!-~]/gu, encodeURIComponent));
 
   // Copying an answer leaves out its byline, which is the message's last part.
-  const byline = /\s*<span class="herd-by">[^]*$/;
+  const byline = /\s*<span class="herd-by"[^]*$/;
   const clipboard = navigator.clipboard; // absent where the page is served without TLS to other hosts
   const plainWrite = clipboard?.writeText.bind(clipboard);
   if (plainWrite) clipboard.writeText = (text) => plainWrite(text.replace(byline, ""));
