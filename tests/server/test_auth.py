@@ -114,6 +114,17 @@ async def test_without_keys_only_this_machine_may_change_the_server(method, path
             assert (await client.get("/v1/models")).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("forwarded", "allowed"),
+    [("127.0.0.1", True), ("8.8.8.8", False), ("127.0.0.1, 8.8.8.8", False), ("::1", True)],
+)
+async def test_what_is_handed_on_for_another_machine_is_not_of_this_one(forwarded, allowed):
+    async with connect() as client:
+        headers = {"X-Forwarded-For": forwarded}
+        response = await client.post("/v1/unload_lora_adapter", headers=headers)
+        assert (response.status_code != 403) is allowed
+
+
 # --- pages of foreign origin ---
 
 
