@@ -25,6 +25,7 @@ from server.routes import (
     fallback,
     feedback,
     files,
+    fine_tuning,
     health,
     models,
     score,
@@ -58,7 +59,8 @@ def create_app(state: ServerState, *, lifespan: Lifespan | None = None) -> FastA
     app.state.herd = state
     # fallback is last: it takes what no other route does.
     for module in (
-        chat, completions, models, adapters, health, tokenize, score, files, feedback, fallback,
+        chat, completions, models, adapters, health, tokenize, score, files, fine_tuning,
+        feedback, fallback,
     ):  # fmt: skip
         app.include_router(module.router)
     errors.install(app)
@@ -66,7 +68,11 @@ def create_app(state: ServerState, *, lifespan: Lifespan | None = None) -> FastA
     app.add_exception_handler(ClientDisconnect, _client_gone)
     state.metrics.watch(EngineCollector(state))
     # Added last is outermost.
-    app.add_middleware(BodyLimit, max_bytes=state.config.max_request_bytes)
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=state.config.max_request_bytes,
+        max_file_bytes=state.config.max_file_bytes,
+    )
     if state.config.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -89,7 +89,7 @@ jobs = sa.Table(
     _json("config"),
     _json("metadata"),
     _json("integrations"),
-    sa.Column("fine_tuned_model", sa.String(160), index=True),
+    sa.Column("model_name", sa.String(160), unique=True, nullable=False),
     sa.Column("path", sa.Text),
     sa.Column("result_file", sa.String(80)),
     sa.Column("step", sa.BigInteger, nullable=False, default=0),

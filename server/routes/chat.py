@@ -18,15 +18,14 @@ from server.best_of import judge_of
 from server.errors import json_response
 from server.feedback import Exchange
 from server.generation import Piece, TokenInfo, run
-from server.limits import body_of
 from server.prompts import ChatJob, chat_job, plain_messages
 from server.schemas import ChatCompletionRequest
-from server.state import Lease, ServerState, state_of
+from server.state import Lease, ServerState, awake_body_of, state_of
 from server.streaming import open_stream, until_gone
 from server.tools import ToolCallParser, parse_tool_calls
 
 router = APIRouter()
-Body = Annotated[ChatCompletionRequest, Depends(body_of(ChatCompletionRequest))]
+Body = Annotated[ChatCompletionRequest, Depends(awake_body_of(ChatCompletionRequest))]
 
 
 @router.post("/v1/chat/completions")

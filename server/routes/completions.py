@@ -17,15 +17,14 @@ from server.answers import LegacyLogprobs, Usage
 from server.best_of import judge_of
 from server.errors import json_response
 from server.generation import Job, Piece, run
-from server.limits import body_of
 from server.prompts import completion_job
 from server.schemas import CompletionRequest
-from server.state import Lease, ServerState, state_of
+from server.state import Lease, ServerState, awake_body_of, state_of
 from server.streaming import open_stream, until_gone
 from server.text import Detokenizer
 
 router = APIRouter()
-Body = Annotated[CompletionRequest, Depends(body_of(CompletionRequest))]
+Body = Annotated[CompletionRequest, Depends(awake_body_of(CompletionRequest))]
 
 
 @router.post("/v1/completions")

@@ -19,13 +19,12 @@ from pydantic import Field, model_validator
 from starlette.responses import Response
 
 from server.errors import json_response
-from server.limits import body_of
 from server.message_schemas import Body as RequestBody
 from server.message_schemas import Message, Priority, Scale, Text, TokenId, only
 from server.prompts import template_for, template_messages
 from server.sampling import check_prompt
 from server.scoring import conversation_tokens, lease_reward_adapter, score_prompts, text_tokens
-from server.state import Lease, ServerState, state_of
+from server.state import Lease, ServerState, awake_body_of, state_of
 from server.streaming import until_gone
 
 router = APIRouter()
@@ -134,8 +133,8 @@ def _as_list(texts: str | list[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else texts
 
 
-ScoreBody = Annotated[ScoreRequest, Depends(body_of(ScoreRequest))]
-RewardsBody = Annotated[RewardsRequest, Depends(body_of(RewardsRequest))]
+ScoreBody = Annotated[ScoreRequest, Depends(awake_body_of(ScoreRequest))]
+RewardsBody = Annotated[RewardsRequest, Depends(awake_body_of(RewardsRequest))]
 
 
 @router.post("/score")
