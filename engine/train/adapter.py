@@ -89,7 +89,7 @@ class TrainableAdapter:
         for layer, paths in by_layer.items():
             sizes = [config.rank * sum(shapes[path]) for path in paths]
             group = _new_group(f"layers.{layer}", sum(sizes), device)
-            values, grads = group.master.split(sizes), group.grad.split(sizes)
+            values, grads = torch.split(group.master, sizes), torch.split(group.grad, sizes)
             for path, value, grad in zip(paths, values, grads, strict=True):
                 a, b = _matrices(value, *shapes[path], config.rank)
                 modules[path] = TrainableModule(a, b, *_matrices(grad, *shapes[path], config.rank))
@@ -160,7 +160,7 @@ def _matrices(
     flat: torch.Tensor, out_features: int, in_features: int, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Views (a [rank, in_features], b [out_features, rank]) of one module's part of a group."""
-    a, b = flat.split([rank * in_features, out_features * rank])
+    a, b = torch.split(flat, [rank * in_features, out_features * rank])
     return a.view(rank, in_features), b.view(out_features, rank)
 
 

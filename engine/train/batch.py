@@ -25,6 +25,10 @@ class TokenBatch:
     """float32 [num_tokens]; 0 at each sequence's first token."""
     lengths: tuple[int, ...]
     """[num_sequences], the same as cu_seqlens says, known to the host."""
+    label_indices: torch.Tensor
+    """int64 [num_labels]: where loss_weights is not 0."""
+    label_sequences: torch.Tensor
+    """int64 [num_labels]: the sequence of each of these tokens."""
     advantages: torch.Tensor | None = None
     """grpo: float32 [num_sequences]."""
     old_logps: torch.Tensor | None = None
@@ -74,12 +78,16 @@ def make_batch(
     weights = torch.cat([weights for _, weights in sequences]).float()
     starts = torch.tensor((0, *lengths)).cumsum(0)
     weights[starts[:-1]] = 0.0
+    label_indices = weights.nonzero().view(-1)
+    label_sequences = torch.bucketize(label_indices, starts[1:], right=True)
     return TokenBatch(
         input_ids=torch.cat([ids for ids, _ in sequences]).long().to(device),
         positions=torch.cat([torch.arange(length) for length in lengths]).to(device),
         cu_seqlens=starts.int().to(device),
         loss_weights=weights.to(device),
         lengths=lengths,
+        label_indices=label_indices.to(device),
+        label_sequences=label_sequences.to(device),
         advantages=None if advantages is None else torch.tensor(advantages, device=device).float(),
         old_logps=None if old_logps is None else torch.cat(list(old_logps)).float().to(device),
     )
