@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -72,6 +73,11 @@ class TrainerState:
 
 class DamagedCheckpoint(Exception):
     """A checkpoint that cannot be used; the message says why."""
+
+
+def finite_metrics(metrics: dict[str, float]) -> tuple[tuple[str, float], ...]:
+    """Metrics as a state keeps them: what is not finite is left out, JSON has no name for it."""
+    return tuple((name, value) for name, value in metrics.items() if math.isfinite(value))
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
