@@ -206,6 +206,7 @@ def compose(
     from adapters.confine import startup_roots
     from adapters.format import read_ref
     from adapters.resolve import DEMO_BASE, parse_adapter, resolve_adapter, resolve_base
+    from adapters.writer import write_trained
     from engine.model_config import ModelSpec
     from server.adapters import Adapters
     from server.chat_template import load_override
@@ -229,7 +230,12 @@ def compose(
         adapters[name] = resolve_adapter(source, base, folders)
     names = model_names(config, base if base == DEMO_BASE else folder)
     metrics = Metrics(names[0])
-    engine = EngineClient(engine_config, folder, functools.partial(read_ref, spec=spec))
+    engine = EngineClient(
+        engine_config,
+        folder,
+        functools.partial(read_ref, spec=spec),
+        functools.partial(write_trained, base_model=names[0]),
+    )
     loader = Adapters(
         spec,
         engine,
