@@ -18,6 +18,7 @@ from ui.chat_view import EVENT, make_settings, make_view, wire_view
 from ui.client import Client
 from ui.models import Models
 from ui.mount import mount_blocks
+from ui.train_view import make_train_view, wire_training
 
 ASSETS = Path(__file__).parent / "assets"
 NOT_READY_INTERVAL_S = 2.0
@@ -73,10 +74,12 @@ def build_page(base_url: str, api_key: str | None = None, *, verify: bool = True
             use_key = gr.Button("Use this key", size="sm", scale=0, min_width=120)
         with gr.Row():
             with gr.Column(scale=3, min_width=300), gr.Tabs():
-                with gr.Tab("Chat"):
+                with gr.Tab("Chat") as chat_tab:
                     chat = make_view("Who answers", autofocus=True)
-                with gr.Tab("Side by side"):
+                with gr.Tab("Side by side") as pair_tab:
                     pair = make_view("Left", "Right")
+                with gr.Tab("Train") as train_tab:
+                    train = make_train_view()
             with gr.Column(scale=1, min_width=250):
                 settings = make_settings()
         timer = gr.Timer(NOT_READY_INTERVAL_S, active=False)
@@ -84,6 +87,7 @@ def build_page(base_url: str, api_key: str | None = None, *, verify: bool = True
         common = {"client": client, "api_key": api_key, "key_row": key_row}
         for view in (chat, pair):
             wire_view(view, settings, **common)
+        opening = wire_training(train, settings, tab=train_tab, **common)
         pickers = [*chat.pickers, *pair.pickers]
         max_tokens = settings.sampling["max_tokens"]
         models = Models(
@@ -95,9 +99,12 @@ def build_page(base_url: str, api_key: str | None = None, *, verify: bool = True
             "outputs": [*pickers, notice, key_row, max_tokens, timer],
             **EVENT,
         }
-        gr.on([page.load, timer.tick, reload.click], **refresh)
+        # What has been trained meanwhile can be picked.
+        returns = [chat_tab.select, pair_tab.select]
+        gr.on([page.load, timer.tick, reload.click, *returns], **refresh)
         # The key's own event runs in the browser alone; only its refresh reaches this process.
-        gr.on([key.submit, use_key.click], None, key, None, js="herdKeepKey").then(**refresh)
+        keep_key = gr.on([key.submit, use_key.click], None, key, None, js="herdKeepKey")
+        keep_key.then(**refresh).then(**opening)
     return page
 
 

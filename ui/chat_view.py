@@ -23,7 +23,7 @@ EVENT: dict[str, Any] = {
 
 
 def make_settings() -> Settings:
-    with gr.Accordion("Settings", elem_id="herd-settings"):
+    with gr.Accordion("Settings for answers", elem_id="herd-settings"):
         system_prompt = gr.Textbox(
             label="System prompt", lines=3, max_lines=8, placeholder="How should the model behave?"
         )

@@ -190,22 +190,38 @@ class Client:
         Raises:
             ApiError: the API refuses, or does not answer.
         """
-        headers = _headers(visitor.key)
-        if visitor.address:
-            headers["X-Forwarded-For"] = visitor.address
-        options: dict[str, Any] = {"params": params or {}, "headers": headers}
-        if body is not None:
-            options["json"] = body
-        try:
-            response = await self._http.request(method, path, timeout=CALL_TIMEOUT_S, **options)
-        except httpx.HTTPError as error:
-            raise self._unreachable(error) from error
-        if response.status_code != 200:
-            raise _error(response)
+        response = await self.send(method, path, visitor, body=body, params=params)
         try:
             return dict(response.json())
         except (ValueError, TypeError) as error:
             raise ApiError(f"The server's reply to {path} is not a JSON object.") from error
+
+    async def send(
+        self,
+        method: str,
+        path: str,
+        visitor: Visitor,
+        *,
+        body: dict[str, Any] | None = None,
+        params: dict[str, Any] | None = None,
+    ) -> httpx.Response:
+        """One request, answered with whatever.
+
+        Raises:
+            ApiError: the API refuses, or does not answer.
+        """
+        headers = _headers(visitor.key)
+        if visitor.address:
+            headers["X-Forwarded-For"] = visitor.address
+        try:
+            response = await self._http.request(
+                method, path, json=body, params=params, headers=headers, timeout=CALL_TIMEOUT_S
+            )
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        if response.status_code != 200:
+            raise _error(response)
+        return response
 
     async def _pieces(
         self, path: str, body: dict[str, Any], key: str | None

@@ -11,7 +11,8 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-ADAPTERS = ("guanaco", "pirate")
+from tests.ui.fake_training import FakeTraining
+
 LONG_ANSWER = [f"word{i} " for i in range(4000)]
 
 
@@ -23,6 +24,7 @@ class FakeApi:
     response_ids: list[str] = field(default_factory=list)
     """Of chats; "<model>-<number>"."""
     judgements: list[dict[str, Any]] = field(default_factory=list)
+    training: FakeTraining = field(default_factory=FakeTraining)
     num_disconnects: int = 0
     num_running: int = 0
     max_running: int = 0
@@ -31,7 +33,9 @@ class FakeApi:
 
     def reset(self) -> None:
         """Forget what was asked, and be an open, ready server again."""
-        vars(self).update(vars(FakeApi()))
+        training = self.training  # whose routes are served
+        vars(training).update(vars(FakeTraining()))
+        vars(self).update(vars(FakeApi(training=training)))
 
     def build(self) -> FastAPI:
         """The API's app, ready for the page to be mounted."""
@@ -41,6 +45,7 @@ class FakeApi:
         app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
         app.add_api_route("/v1/completions", self.complete, methods=["POST"])
         app.add_api_route("/v1/feedback", self.judge, methods=["POST"])
+        self.training.add_routes(app)
         return app
 
     async def health(self) -> Response:
@@ -52,7 +57,7 @@ class FakeApi:
         if refusal := self._refusal(request):
             return refusal
         base = {"id": "herd-demo", "object": "model", "parent": None, "max_model_len": 512}
-        names = ADAPTERS if self.is_ready else ()
+        names = self.training.generations if self.is_ready else ()
         cards = [base | {"id": name, "parent": "herd-demo", "generation": 3} for name in names]
         return JSONResponse({"object": "list", "data": [base, *cards]})
 
@@ -150,7 +155,7 @@ class FakeApi:
                 self.num_running -= 1
                 self.num_disconnects += not is_finished
 
-        headers = {"X-Herd-Adapter-Generation": "4"} if model in ADAPTERS else {}
+        headers = {"X-Herd-Adapter-Generation": "4"} if model != "herd-demo" else {}
         return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
 
 
