@@ -52,7 +52,7 @@ def chart(title: str, series: Sequence[Series]) -> str:
     for tick in ticks:
         parts.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" class="value">{tick:g}</text>')
-    for step, anchor in ((first, "start"), (last, "end")):
+    for step, anchor in {first: "start", max(steps): "end"}.items():
         parts.append(
             f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{step:g}</text>'
         )
@@ -66,7 +66,7 @@ def chart(title: str, series: Sequence[Series]) -> str:
         value = f"{one.points[-1][1]:.4g}"
         legend.append(f'<span style="color:{colour}">●</span> {escape(one.label)} <b>{value}</b>')
     words = ", ".join(f"{one.label} {one.points[-1][1]:.4g}" for one in shown)
-    label = escape(f"{title}: {words} at step {last:g}")
+    label = escape(f"{title}: {words} at step {max(steps):g}")
     return (
         f'<figure class="herd-chart"><figcaption>{escape(title)} {" ".join(legend)}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
