@@ -7,6 +7,7 @@ that cannot be served. Loads come one at a time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -131,6 +132,12 @@ class Adapters:
             if name not in self.registry.names():
                 folder = self.fine_tuned[name]
                 await self._publish(name, folder, load_inplace=False, pinned=False, roots=None)
+
+    async def withdraw(self, name: str) -> None:
+        """Forget a fine-tuned model, loaded or not."""
+        self.fine_tuned.pop(name, None)
+        with contextlib.suppress(AdapterNotFound):
+            await self.unload(name)
 
     async def unload(self, name: str) -> None:
         """Forget a name; requests that run finish on their generation.

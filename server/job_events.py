@@ -5,8 +5,9 @@ Functions of a connection, for server/database.py to run as one transaction per 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -24,10 +25,11 @@ from server.job_store import Job, add_event, change_job, forget_steps, new_id
 
 CHECKPOINT = ":ckpt-step-"
 """Between a model's name and the step of one of its checkpoints."""
+API_NAMES = {"mean_token_accuracy": "train_mean_token_accuracy"}
 SHOWN_METRICS = {
     "train_loss": "training loss",
     "valid_loss": "validation loss",
-    "reward_mean": "mean reward",
+    "reward": "mean reward",
 }
 
 
@@ -89,7 +91,7 @@ def _record_start(connection: sa.Connection, job: Job, event: TrainingStarted) -
 
 
 def _record_step(connection: sa.Connection, job: Job, event: TrainingProgress) -> None:
-    metrics = finite(event.metrics)
+    metrics = api_metrics(event.metrics)
     shown = [
         f"{text}={metrics[name]:.4g}" for name, text in SHOWN_METRICS.items() if name in metrics
     ]
@@ -110,18 +112,13 @@ def _record_checkpoint(connection: sa.Connection, job: Job, event: TrainingCheck
         step=event.step,
         model=name,
         path=event.path,
-        metrics=finite(event.metrics),
+        metrics=api_metrics(event.metrics),
     )
     change_job(connection, job.id, num_deaths=0)
     best = ", the best so far" if event.is_best else ""
     add_event(connection, job.id, f"Checkpoint created at step {event.step}{best}: {name}")
 
 
-def finite(metrics: Sequence[tuple[str, float]] | Mapping[str, float]) -> dict[str, float]:
-    """Metrics without those that JSON cannot hold."""
-    pairs = dict(metrics)
-    return {
-        name: value
-        for name, value in pairs.items()
-        if abs(value) != float("inf") and value == value
-    }
+def api_metrics(metrics: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Metrics under the API's names, without those that JSON cannot hold."""
+    return {API_NAMES.get(name, name): value for name, value in metrics if math.isfinite(value)}

@@ -39,7 +39,7 @@ from server.job_data import (
     remove_data,
     training_job,
 )
-from server.job_events import checkpoint_name, finite, forget_pruned, record
+from server.job_events import api_metrics, checkpoint_name, forget_pruned, record
 from server.job_store import (
     Job,
     Status,
@@ -247,7 +247,7 @@ class JobRunner:
         await self._persist(lambda db: record(db, job, news))
         for event in news:
             if isinstance(event, TrainingProgress):
-                sinks.log(event.step, finite(event.metrics))
+                sinks.log(event.step, api_metrics(event.metrics))
         fine_tuned = self._shop.adapters.fine_tuned
         fine_tuned.update({checkpoint_name(job, e.step): Path(e.path) for e in steps})
         if steps:
@@ -300,7 +300,7 @@ class JobRunner:
             await asyncio.to_thread(add_template, shop.folder.job(job.id), path)
             await shop.adapters.publish_trained(job.model_name, path)
         except AdapterError as error:
-            shop.adapters.fine_tuned.pop(job.model_name, None)
+            await shop.adapters.withdraw(job.model_name)
             return error.info()
         except (EngineError, OSError) as error:  # the worker has just died: loaded when it is used
             notes.append(("warn", f"The model will be loaded when it is first used: {error}"))
@@ -314,17 +314,20 @@ class JobRunner:
         except (ApiError, EngineError) as error:
             notes.append(("warn", f"The results file could not be written: {error}"))
 
-        def succeed(connection: sa.Connection) -> None:
+        def succeed(connection: sa.Connection) -> bool:
             change_job(
                 connection, job.id, path=str(path), result_file=result_file, step=ended.step,
                 trained_tokens=ended.trained_tokens,
             )  # fmt: skip
-            if end_job(connection, job.id, "succeeded"):
-                add_event(connection, job.id, f"New fine-tuned model created: {job.model_name}")
-                add_event(connection, job.id, "The job has successfully completed")
+            if not end_job(connection, job.id, "succeeded"):
+                return False
+            add_event(connection, job.id, f"New fine-tuned model created: {job.model_name}")
+            add_event(connection, job.id, "The job has successfully completed")
+            return True
 
         await self._tell(job, notes)
-        await self._persist(succeed)
+        if not await self._persist(succeed):  # cancelled at the last moment
+            await shop.adapters.withdraw(job.model_name)
         await asyncio.to_thread(remove_data, shop.folder.job(job.id))
         return None
 

@@ -196,13 +196,17 @@ def event_dict(row: dict[str, Any]) -> dict[str, Any]:
 
 def checkpoint_dict(row: dict[str, Any]) -> dict[str, Any]:
     """A row of the table checkpoints in OpenAI's shape."""
+    metrics = row["metrics"]
+    # An evaluation reads the whole validation file.
+    both = ("valid_loss", "valid_mean_token_accuracy")
+    whole = {f"full_{name}": metrics[name] for name in both if name in metrics}
     return {
         "object": "fine_tuning.job.checkpoint",
         "id": row["id"],
         "created_at": row["created_at"],
         "fine_tuned_model_checkpoint": row["model"],
         "fine_tuning_job_id": row["job_id"],
-        "metrics": {"step": row["step"], **row["metrics"]},
+        "metrics": {"step": row["step"], **metrics, **whole},
         "step_number": row["step"],
     }
 

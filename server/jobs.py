@@ -20,6 +20,7 @@ import sqlalchemy as sa
 
 from adapters.registry import AdapterRecord
 from engine.api import EngineInfo
+from engine.errors import EngineError
 from server.database import checkpoints, events, insert, jobs, select_page
 from server.errors import ApiError, bad_request
 from server.fine_tuning_schemas import CreateJobRequest, ReinforcementMethod
@@ -244,13 +245,13 @@ class Jobs:
 
     async def forget_model(self, name: str) -> None:
         """Delete a fine-tuned model, or the model that a checkpoint is, for good."""
-        self.shop.adapters.fine_tuned.pop(name, None)
 
         def work(connection: sa.Connection) -> None:
             connection.execute(jobs.update().where(jobs.c.model_name == name).values(path=None))
             connection.execute(checkpoints.delete().where(checkpoints.c.model == name))
 
         await self.shop.database.write(work)
+        await self.shop.adapters.withdraw(name)
 
     async def _change(self, job_id: str, work: Callable[[sa.Connection, Job], None]) -> Job:
         """Change a job that has not ended; as it was before."""
@@ -307,7 +308,8 @@ class Jobs:
 
     async def _keep_house(self) -> None:
         while True:
-            with contextlib.suppress(Exception):
+            await asyncio.to_thread(self.shop.folder.remove_unfinished)
+            with contextlib.suppress(EngineError, OSError):  # another time
                 await self.shop.files.remove_expired()
             await asyncio.sleep(HOUSEKEEPING_S)
 

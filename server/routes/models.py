@@ -47,13 +47,12 @@ async def retrieve_model(request: Request, model: str) -> Response:
 async def delete_model(request: Request, model: str) -> Response:
     """Unload an adapter; a fine-tuned model is deleted for good."""
     state = state_of(request)
-    is_asleep = _is_asleep(state, model)
-    if not is_asleep and state.find(model) is None:
+    if not _is_asleep(state, model) and state.find(model) is None:
         text = f"'{model}' is the base model, which cannot be deleted; adapters can."
         raise ApiError(400, text, code="invalid_value", param="model")
     if model in state.adapters.fine_tuned:
         await state.jobs.forget_model(model)
-    if not is_asleep:
+    else:
         await state.adapters.unload(model)
     return json_response({"id": model, "object": "model", "deleted": True})
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from adapters.format import AdapterInfo
 from adapters.registry import Generation
 from engine.api import (
@@ -214,7 +216,9 @@ def build_state(
 ) -> ServerState:
     engine = engine or FakeEngine()
     metrics = Metrics("base")
-    spec: Any = SimpleNamespace(tensor_shapes=dict)
+    spec: Any = SimpleNamespace(
+        tensor_shapes=dict, dtype=torch.float32, hidden_size=8, intermediate_size=8, num_layers=1
+    )
     adapters = Adapters(spec, engine, metrics, reserved_names=("base",))
     server_config = ServerConfig(**config)  # type: ignore[arg-type]
     if data_dir is None:
