@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -30,6 +31,8 @@ class TrainView:
     cancel: gr.Button
     charts: gr.HTML
     comparison: gr.Column
+    place: gr.HTML
+    """Says what is compared, and which generation answers under the old name."""
     talk: View
     """Before and after, side by side."""
     put_in_place: gr.Button
@@ -40,7 +43,7 @@ class TrainView:
     def watched(self) -> list[Any]:
         """What shows a run."""
         buttons = [self.pause, self.resume, self.cancel, self.put_in_place, self.roll_back]
-        shown = [self.run, self.status, self.charts, self.comparison, self.timer]
+        shown = [self.run, self.status, self.charts, self.comparison, self.place, self.timer]
         return [*shown, *buttons, *self.talk.pickers]
 
 
@@ -188,6 +191,7 @@ class Training:
             view.cancel: gr.update(visible=not job.has_ended),
             view.timer: gr.update(active=not job.has_ended and not job.is_paused),
             view.comparison: gr.update(visible=can_chat),
+            view.place: _place_html(job, place),
             view.put_in_place: gr.update(
                 visible=can_chat and place is not None, value=f"Use it as {job.model}"
             ),
@@ -217,13 +221,13 @@ class Training:
         """What can be learnt from: collected feedback where there is any, and files."""
         counts = await self.runs.feedback(visitor)
         titles = {
-            "supervised": "good answers",
-            "preference": "pairs of a better and a worse answer",
+            "supervised": ("good answer", "good answers"),
+            "preference": ("pair of answers", "pairs of answers"),
         }
         collected = [
-            (f"Collected feedback: {counts[kind]} {title}", FEEDBACK + kind)
-            for kind, title in titles.items()
-            if counts[kind]
+            (f"Collected feedback: {count} {titles[kind][count > 1]}", FEEDBACK + kind)
+            for kind, count in counts.items()
+            if count
         ]
         return collected + [(file.title, file.id) for file in await self.runs.files(visitor)]
 
@@ -240,6 +244,14 @@ def _choices(choices: Sequence[tuple[str, str]], chosen: str | None) -> Any:
     names = [name for _, name in choices]
     first = names[0] if names else None
     return gr.update(choices=list(choices), value=chosen if chosen in names else first)
+
+
+def _place_html(job: Job, place: Adapter | None) -> str:
+    """What the comparison is about."""
+    text = "Ask both, and see what the training has changed."
+    if place is not None:
+        text += f" <b>{escape(job.model)}</b> answers in generation {place.generation}."
+    return f"<h2>Before and after</h2><p>{text}</p>"
 
 
 def _has_older(adapter: Adapter | None) -> bool:
