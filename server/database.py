@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from engine.errors import EngineError
+from engine.errors import EngineError, RequestError
 
 T = TypeVar("T")
 VERSION = 1
@@ -222,6 +222,7 @@ class Database:
         Raises:
             DatabaseError: another program holds it, or it is not there.
             StorageFull: no room on the disk.
+            RequestError: it cannot hold such a value.
         """
         return await self._in_thread(work, writes=True)
 
@@ -262,6 +263,8 @@ class Database:
 
     def _named(self, error: sa.exc.DBAPIError) -> EngineError:
         text = " ".join(str(error.orig).split()) or type(error.orig).__name__
+        if isinstance(error, sa.exc.DataError):  # PostgreSQL's texts have no zero bytes
+            return RequestError(f"The database cannot hold this: {text}.")
         if getattr(error.orig, "sqlstate", None) == "53100" or "disk is full" in text:
             return StorageFull(
                 f"The disk of the database {self._url} is full. Make room and try again."

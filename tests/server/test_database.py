@@ -9,6 +9,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+import openai
 import pytest
 import sqlalchemy as sa
 
@@ -135,6 +136,13 @@ async def test_jobs_run_on_either_database(database, monkeypatch):
         found = await pages.list(extra_query={"metadata[k]": "v"})
         assert [job.id for job in found.data] == [first.id]
         assert (await pages.list(extra_query={"metadata[k]": "w"})).data == []
+        for key in ("'", "$.k", "a]b", "k\\", "ß", "%", ""):
+            assert (await pages.list(extra_query={f"metadata[{key}]": "v"})).data == []
+        with pytest.raises(openai.BadRequestError, match="metadata"):
+            await pages.list(extra_query={'metadata["]': "v"})
+        for strange in ("\x00", "'; DROP TABLE jobs; --", "ß" * 300):
+            with pytest.raises((openai.BadRequestError, openai.NotFoundError)):
+                await pages.list(after=strange)
         assert len([e async for e in await pages.list_events(first.id, limit=3)]) > 8
         assert len((await pages.checkpoints.list(first.id)).data) == 2
         second = await create(h.client)
