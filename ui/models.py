@@ -9,7 +9,8 @@ from html import escape
 
 import gradio as gr
 
-from ui.client import ApiError, Client, ModelCard
+from ui.api_types import ApiError, ModelCard
+from ui.client import Client
 from ui.handlers import Updates, Values, api_key_of
 
 WANTS_KEY = "This server asks for an API key."

@@ -12,7 +12,8 @@ from typing import Any
 
 import gradio as gr
 
-from ui.client import ApiError, Client, Visitor
+from ui.api_types import ApiError, Visitor
+from ui.client import Client
 from ui.handlers import Updates, Values, View, visitor_of
 from ui.run_report import charts_html, error_html, status_html
 from ui.training_api import Adapter, Job, Runs
