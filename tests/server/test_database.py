@@ -13,9 +13,17 @@ import openai
 import pytest
 import sqlalchemy as sa
 
-from server import database as tables
-from server.database import Database, DatabaseError, StorageFull, insert, select_one, select_page
-from tests.server.job_fixtures import create, herd, loadable_adapters, until_status, upload
+from server import tables
+from server.database import Database, DatabaseError, StorageFull
+from server.tables import insert, select_one, select_page
+from tests.server.job_fixtures import (
+    create,
+    herd,
+    loadable_adapters,
+    started,
+    until_status,
+    upload,
+)
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +153,9 @@ async def test_jobs_run_on_either_database(database, monkeypatch):
                 await pages.list(after=strange)
         assert len([e async for e in await pages.list_events(first.id, limit=3)]) > 8
         assert len((await pages.checkpoints.list(first.id)).data) == 2
+        h.engine.train = lambda job: [started(job)]
         second = await create(h.client)
-        assert (await pages.cancel(second.id)).status in ("cancelled", "succeeded")
+        assert (await pages.cancel(second.id)).status == "cancelled"
         assert len((await h.client.files.list()).data) >= 2
 
 

@@ -14,7 +14,7 @@ from server.hyperparameters import (
     shown,
     train_config,
 )
-from server.jobs import model_name
+from server.job_creation import model_name
 from server.results import results_csv
 
 
