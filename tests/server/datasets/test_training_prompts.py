@@ -13,7 +13,9 @@ from server.datasets.chat_records import read_chat
 from server.datasets.problems import BadRecord
 from server.datasets.samples import Pair, Plain
 from server.datasets.sequences import SPLIT, Notes, sequences_of
+from server.datasets.served_model import template_input
 from server.datasets.training_template import WITHOUT_TEMPLATE, training_template
+from server.datasets.turns import scored_conversation
 from tests.server.datasets.served_models import (
     TEMPLATES,
     TOKENIZERS,
@@ -231,3 +233,20 @@ def test_the_default_template_is_saved_text_that_begins_as_guanacos(tokenizer):
     prompt = served_chat_prompt(first, TWO_TURNS[:1])
     assert prompt == served_chat_prompt(again, TWO_TURNS[:1])
     assert prompt.count(loaded.bos_token_id) == (loaded.bos_token_id is not None)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_conversation_is_scored_as_the_reward_adapter_was_trained(tokenizer, name):
+    model = make_model(*tokenizer, template(name))
+    chosen = read_chat({"messages": TWO_TURNS})
+    rejected = read_chat({"messages": [*TWO_TURNS[:3], {"role": "assistant", "content": "No."}]})
+    trained, _ = sequences_of(model, Pair(chosen=chosen, rejected=rejected), "preference", Notes())
+    given = template_input(model.template, chosen.messages, ())
+    assert scored_conversation(model, given) == trained[0]
+
+
+def test_a_conversation_without_an_answer_is_scored_as_it_is(tokenizer):
+    model = make_model(*tokenizer, template("zephyr"))
+    given = template_input(model.template, read_chat({"messages": TWO_TURNS[:3]}).messages, ())
+    text = model.tokenizer.decode(scored_conversation(model, given), skip_special_tokens=False)
+    assert text.strip().endswith("How are you?" + model.tokenizer.special_tokens["eos_token"])
