@@ -102,6 +102,9 @@ class SchedulerConfig:
     """Sequences in one step at most."""
     max_num_batched_tokens: int = 2048
     """Tokens in one step at most; decodes come first, prompt chunks share the rest."""
+    train_max_stall_ms: float = 50.0
+    """While an adapter is trained: how long training may hold up running streams, per token of
+    theirs. Without streams it takes the whole machine."""
 
     def __post_init__(self) -> None:
         require(self.max_num_seqs > 0, "max_num_seqs", "a positive number", self.max_num_seqs)
@@ -110,6 +113,12 @@ class SchedulerConfig:
             "max_num_batched_tokens",
             f"at least max_num_seqs ({self.max_num_seqs})",
             self.max_num_batched_tokens,
+        )
+        require(
+            self.train_max_stall_ms > 0,
+            "train_max_stall_ms",
+            "a positive number",
+            self.train_max_stall_ms,
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from engine.api import AdapterRef, EngineInfo
+from engine.api import AdapterRef, EngineInfo, TrainingJob
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineError
@@ -23,13 +23,22 @@ from engine.kv_cache import (
 )
 from engine.lora import LoraWeights
 from engine.lora_pool import LoraPool
+from engine.lora_source import LoraSource
+from engine.model import CausalLM
 from engine.model_config import ModelSpec
 from engine.model_runner import ModelRunner, measure_activation_bytes
 from engine.sampler import Sampler
+from engine.train.config import TrainConfig
+from engine.train.rollouts import EngineRollouts
+from engine.train.runner import JobRunner
+from engine.train.trainer import Trainer
 from engine.weights import LoadedModel, load_model
 from kernels.threads import set_num_threads
 
 LoadAdapterFiles = Callable[[AdapterRef], LoraWeights]
+WriteAdapterFiles = Callable[[Path, LoraWeights, TrainConfig, str | None], None]
+"""Writes the PEFT folder of an adapter that is being trained, with its chat template if it has its
+own. Raises OSError."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -100,6 +109,48 @@ def create_engine(
         notes=tuple(loaded.notes),
     )
     return engine, info
+
+
+def create_runner(
+    config: EngineConfig,
+    engine: Engine,
+    info: EngineInfo,
+    source: LoraSource,
+    write_adapter: WriteAdapterFiles,
+) -> JobRunner:
+    """What trains beside an engine, on the same base.
+
+    Args:
+        config:        of the engine.
+        engine:        draws the answers of grpo.
+        info:          about the engine.
+        source:        what the engine reads adapters with.
+        write_adapter: writes the folder of an adapter that is being trained.
+    """
+    model = engine.model
+    assert isinstance(model, CausalLM)
+    rollouts = EngineRollouts(engine, source)
+
+    def make_trainer(job: TrainingJob) -> Trainer:
+        return Trainer(
+            job,
+            model,
+            base_fingerprint=info.base_fingerprint,
+            max_model_len=info.max_model_len,
+            load_adapter=source,
+            write_adapter=lambda path, weights, settings: write_adapter(
+                path, weights, settings, job.chat_template
+            ),
+            rollouts=rollouts,
+        )
+
+    return JobRunner(
+        make_trainer,
+        rollouts,
+        source,
+        max_stall_s=config.scheduler.train_max_stall_ms / 1e3,
+        device=model.device,
+    )
 
 
 def _device(config: EngineConfig) -> torch.device:
