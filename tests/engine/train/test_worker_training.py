@@ -169,7 +169,7 @@ def test_streams_get_the_same_tokens_while_an_adapter_is_trained(worker, tmp_pat
     assert ended.status == "cancelled" and 0 < ended.step < 200
 
 
-def test_training_gets_the_same_bits_while_streams_run(worker, folder, tmp_path):
+def test_training_gets_the_same_bits_while_streams_run(worker, tmp_path):
     quiet = worker.train(make_job(tmp_path / "quiet"))[-1]
     worker.conn.send(StartTraining(job=make_job(tmp_path / "busy")))
     for number in range(8):
