@@ -161,7 +161,8 @@ class StartTraining:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopTraining:
-    """End a job after the step that runs, with a checkpoint; it still ends in one TrainingEnded."""
+    """End a job before its next micro-batch, with a checkpoint of the last whole step; it still
+    ends in one TrainingEnded."""
 
     job_id: str
     status: Literal["paused", "cancelled"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.api import AdapterRef, EngineInfo, TrainingJob
-from engine.config import EngineConfig
+from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.grammar import GrammarCompiler
@@ -53,16 +53,13 @@ def create_engine(
         EngineError: --device or --max-model-len asks for what there is not.
     """
     started_s = time.perf_counter()
-    device = _device(config)
-    if device.type == "cpu":
-        set_num_threads(config.model.threads)
     spec = ModelSpec.from_folder(folder)
     max_model_len = _max_model_len(config, spec.max_context_len)
     if config.cache.kv_cache_memory_bytes is not None:
         # Known beforehand: refuse before minutes of loading, not after.
         _num_blocks(config, spec, spec.dtype, max_model_len, 0, "")
-    loaded = load_model(config.model, folder, device, progress)
-    spec, model = loaded.spec, loaded.model
+    loaded = load_base(config.model, folder, progress)
+    spec, model, device = loaded.spec, loaded.model, loaded.model.device
     pool = LoraPool(
         config.lora,
         model,
@@ -153,14 +150,28 @@ def create_runner(
     )
 
 
-def _device(config: EngineConfig) -> torch.device:
+def load_base(config: ModelConfig, folder: Path, progress: Progress) -> LoadedModel:
+    """Load the model where --device says, with as many threads as --threads says.
+
+    Raises:
+        CheckpointError: the model's folder cannot be loaded.
+        NotEnoughMemory: the weights do not fit.
+        EngineError: --device asks for what there is not.
+    """
+    device = _device(config)
+    if device.type == "cpu":
+        set_num_threads(config.threads)
+    return load_model(config, folder, device, progress)
+
+
+def _device(config: ModelConfig) -> torch.device:
     has_cuda = torch.cuda.is_available()
-    if config.model.device == "cuda" and not has_cuda:
+    if config.device == "cuda" and not has_cuda:
         raise EngineError(
             "--device cuda: this PyTorch finds no GPU. Use --device cpu, or a PyTorch built "
             "for your driver."
         )
-    return torch.device("cuda" if has_cuda and config.model.device != "cpu" else "cpu")
+    return torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
 
 
 def _max_model_len(config: EngineConfig, trained_len: int) -> int:
