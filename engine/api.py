@@ -235,6 +235,12 @@ class EngineStats:
     num_adapter_evictions: int = 0
     adapter_load_s: float = 0.0
     """Seconds spent reading and placing adapters, in total."""
+    num_drafts: int = 0
+    """Times that tokens were guessed for a sequence."""
+    num_draft_tokens: int = 0
+    """Tokens guessed."""
+    num_accepted_tokens: int = 0
+    """Tokens guessed that became part of a text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ model's length) is a return value, never written back here. Names follow vLLM's 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -95,6 +96,46 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculativeConfig:
+    """How many tokens to guess, and from what; see engine/speculation.py."""
+
+    num_speculative_tokens: int
+    """Drafts in one step of a sequence at most."""
+    prompt_lookup_max: int
+    """Tokens at the text's end that are searched for first."""
+    prompt_lookup_min: int
+    """The fewest that are searched for."""
+
+    @classmethod
+    def from_json(cls, text: str) -> SpeculativeConfig:
+        """Read --speculative-config, in vLLM's spelling.
+
+        Raises:
+            ValueError: not JSON, another method, an unknown key or a value out of range.
+        """
+        name = "speculative_config"
+        try:
+            given = json.loads(text)
+        except ValueError:
+            given = None
+        require(isinstance(given, dict), name, "a JSON object", text)
+        method = given.pop("method", "ngram")
+        require(method == "ngram", f"{name}: method", '"ngram" (prompt lookup)', method)
+        fields = ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
+        unknown = sorted(given.keys() - set(fields))
+        require(not unknown, name, f"the keys method, {', '.join(fields)}", ", ".join(unknown))
+        # As in vLLM: of the two one alone means both, neither means 5.
+        longest = given.get("prompt_lookup_max", given.get("prompt_lookup_min", 5))
+        shortest = given.get("prompt_lookup_min", longest)
+        values = (given.get("num_speculative_tokens"), longest, shortest)
+        for key, value in zip(fields, values, strict=True):
+            is_number = isinstance(value, int) and not isinstance(value, bool)
+            require(is_number and value > 0, f"{name}: {key}", "a positive number", value)
+        require(shortest <= longest, f"{name}: prompt_lookup_min", f"at most {longest}", shortest)
+        return cls(**dict(zip(fields, values, strict=True)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
     """What one step may hold."""
 
@@ -102,8 +143,20 @@ class SchedulerConfig:
     """Sequences in one step at most."""
     max_num_batched_tokens: int = 2048
     """Tokens in one step at most; decodes come first, prompt chunks share the rest."""
+    speculative_config: str | None = None
+    """Guess tokens that repeat earlier ones and check them in one step; texts stay the same. JSON
+    as in vLLM: {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4,
+    "prompt_lookup_min": 2}. Off when absent."""
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """speculative_config, read."""
+        if self.speculative_config is None:
+            return None
+        return SpeculativeConfig.from_json(self.speculative_config)
 
     def __post_init__(self) -> None:
+        _ = self.speculation  # checks it
         require(self.max_num_seqs > 0, "max_num_seqs", "a positive number", self.max_num_seqs)
         require(
             self.max_num_batched_tokens >= self.max_num_seqs,

@@ -40,7 +40,7 @@ class StepResult:
 
     logits: torch.Tensor  # float32 [num_rows, vocab_size]
     sampled: list[Sequence]
-    """[num_rows]: the sequences that get a token."""
+    """[num_rows]: the sequences that get a token; one with drafts has a row more for each."""
     prompt_logprobs: list[tuple[Sequence, list[TokenLogprobs | None]]] = field(default_factory=list)
     """The new entries of sequences that asked for them."""
     scores: list[tuple[Sequence, float]] = field(default_factory=list)
