@@ -359,6 +359,8 @@ class EngineInfo:
     """Hash of the quantised base; adapters that name another are refused."""
     load_s: float = 0.0
     quantization: str = "nf4"
+    memory: tuple[tuple[str, int], ...] = ()
+    """What takes the device's memory, or is kept free for it, in bytes by name."""
     notes: tuple[str, ...] = field(default=())
     """Lines for the operator: where a quantised copy was cached, which kernels fell back and
     why."""

@@ -78,6 +78,10 @@ class CacheConfig:
     """Share the KV blocks of equal prompt beginnings between requests of the same adapter
     generation."""
 
+    training_memory_bytes: int | None = None
+    """Memory of a GPU that the KV cache leaves to training; `serve.py plan --train` says how much a
+    run needs. By default none: training takes what --gpu-memory-utilization leaves."""
+
     def __post_init__(self) -> None:
         power_of_two = self.block_size > 0 and not self.block_size & (self.block_size - 1)
         require(power_of_two, "block_size", "a power of two", self.block_size)
@@ -92,6 +96,12 @@ class CacheConfig:
             "kv_cache_memory_bytes",
             "a positive number",
             self.kv_cache_memory_bytes,
+        )
+        require(
+            self.training_memory_bytes is None or self.training_memory_bytes > 0,
+            "training_memory_bytes",
+            "a positive number",
+            self.training_memory_bytes,
         )
 
 
@@ -148,6 +158,16 @@ class SchedulerConfig:
     as in vLLM: {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4,
     "prompt_lookup_min": 2}. Off when absent."""
 
+    enforce_eager: bool = False
+    """Launch every kernel of a step anew, instead of replaying decode steps as CUDA graphs."""
+
+    @property
+    def graph_sizes(self) -> tuple[int, ...]:
+        """Numbers of sequences for which a decode step is captured; others are filled up to the
+        next. Kernels take tokens in eights, so that there fuller steps cost the same."""
+        sizes = [1, 2, 4, *range(8, 64, 8), *range(64, self.max_num_seqs + 32, 32)]
+        return tuple(sorted({min(size, self.max_num_seqs) for size in sizes}))
+
     @property
     def speculation(self) -> SpeculativeConfig | None:
         """speculative_config, read."""
@@ -173,7 +193,8 @@ class LoraConfig:
     max_loras: int = 8
     """Adapters on the device at once; more may be loaded, the least recently used give way."""
     max_lora_rank: int | None = None
-    """Refuse adapters of a larger rank; by default any rank is served."""
+    """Refuse adapters of a larger rank; by default any rank is served. On a GPU, room is kept for
+    --max-loras adapters of this rank, 16 where it is not given; of larger ones fewer fit."""
     max_cpu_loras: int = 32
     """Adapters kept in host memory at most, so that a return to the device needs no disk."""
 
