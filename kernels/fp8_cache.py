@@ -1,11 +1,11 @@
 """The 8-bit KV cache: float8 e4m3 codes, and a scale for each key and each value of each kv head.
 
 Scales   uint8 [num_blocks, block_size, num_kv_heads], beside the codes: the exponent of a power of
-         two, plus 127 (e8m0, as in the OCP microscaling formats; 255 = not finite). The smallest
-         that brings the head's largest magnitude to 448 or less, so every head has its own range
-         however tokens differ, scaling rounds nothing, and they add one byte to head_dim codes.
-         None is chosen beforehand and none is shared: no calibration is needed, and what is
-         written never changes what was.
+         two, plus 127 (e8m0, as in the OCP microscaling formats; 255 = not finite, or at least
+         2**126). It is the smallest that brings the head's largest magnitude to 448 or less: every
+         head has its own range, however tokens differ, scaling rounds nothing, and one byte is
+         added to head_dim codes. None is chosen beforehand or shared: no calibration is needed,
+         and what is written never changes what was.
 Codes    x / scale rounded to nearest even: off by at most 2**-4 of x, or 2**-10 of the scale where
          that is more.
 Public   FP8, quantize_heads, scale_values, check_kv_scales, read_codes, write_fp8_cache_reference
@@ -35,10 +35,10 @@ def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     bits = x.abs().amax(dim=-1).view(torch.int32)
     # 448 is 1.75 * 2**8: what has a larger fraction than 1.75 needs the next exponent.
-    exponents = ((bits + 0x1FFFFF) >> 23) - 8
-    exponents = exponents.clamp(1, 254).masked_fill(bits >= 0x7F800000, NOT_FINITE)
-    inverse = ((254 - exponents.clamp(max=253)) << 23).view(torch.float32)
-    return (x * inverse[..., None]).to(FP8), exponents.to(torch.uint8)
+    exponents = (((bits + 0x1FFFFF) >> 23) - 8).clamp(1, 245)
+    inverse = ((254 - exponents) << 23).view(torch.float32)
+    codes = (x * inverse[..., None]).to(FP8)
+    return codes, exponents.masked_fill(bits >= 0x7E800000, NOT_FINITE).to(torch.uint8)
 
 
 def scale_values(scales: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class _Launch:
         products, precision = _product(q, k_cache)
         if is_fp8:
             k_cache, v_cache = k_cache.view(torch.int16), v_cache.view(torch.int16)
-            scale *= 2.0**BIAS.value
+            scale *= 2.0**BIAS
         k_scales, v_scales = kv_scales or (q, q)
         self.caches = k_cache, v_cache, k_scales, v_scales, block_tables, context_lens, cu_seqlens_q
         self.scale = scale * math.log2(math.e)

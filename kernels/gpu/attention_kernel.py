@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.gpu.fp8 import BIAS, from_pairs
+from kernels.gpu.fp8 import from_pairs
 
 VARYING = ["first_seq", "table_width", "num_kv_heads", "group", "max_splits", "window"]
 """Sizes that no variant of the kernels is compiled for."""
@@ -96,8 +96,8 @@ def _attend(
         shrink = tl.exp2(top - finite_top)
         top = new_top
         if FP8:
-            # 2**-8 more, as the codes' powers are: it cancels out in the end.
-            unscaled = ((254 - BIAS - of_value) << 23).to(tl.float32, bitcast=True)
+            # 1 / scale, 2**-8 less (BIAS), as the codes are: it cancels out in the end.
+            unscaled = ((246 - of_value) << 23).to(tl.float32, bitcast=True)
             total = total * shrink + tl.sum(weights * unscaled[None, :], 1)
         else:
             total = total * shrink + tl.sum(weights, 1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-BIAS = tl.constexpr(8)
+BIAS = 8
 """Codes that were read are too small by this power of two."""
 
 EVEN_PTX = tl.constexpr("""{ .reg .b32 sign, rest;
@@ -50,14 +50,14 @@ def scale_of(bits):
 
     Largest magnitudes are compared as integers, where infinity and NaN come last.
     """
-    scale = tl.minimum(tl.maximum(((bits + 0x1FFFFF) >> 23) - 8, 1), 254)
-    return tl.where(bits >= 0x7F800000, 255, scale)
+    scale = tl.maximum(((bits + 0x1FFFFF) >> 23) - 8, 1)
+    return tl.where(bits >= 0x7E800000, 255, scale)
 
 
 @triton.jit
 def to_e4m3(x, scale):
     """uint8 codes of float32 over their int32 scale bytes, to nearest, ties to even."""
-    inverse = ((254 - tl.minimum(scale, 253)) << 23).to(tl.float32, bitcast=True)
+    inverse = ((254 - tl.minimum(scale, 245)) << 23).to(tl.float32, bitcast=True)
     bits = (x * inverse).to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     # Normal numbers: drop 20 bits of the fraction, then move the bias from 127 to 7.
@@ -65,5 +65,5 @@ def to_e4m3(x, scale):
     # Smaller ones are multiples of 2**-9: adding 2**14 makes that the last bit of a float32.
     small = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True)
     code = tl.where(magnitude < 0x3C800000, small & 0xF, normal)  # below 2**-6
-    code = tl.where(magnitude >= 0x7F800000, 0x7F, code)  # not finite
+    code = tl.where(magnitude > 0x43E00000, 0x7F, code)  # beyond 448: not finite
     return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
