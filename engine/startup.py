@@ -24,9 +24,9 @@ from engine.kv_cache import (
 from engine.lora import LoraWeights
 from engine.lora_pool import LoraPool
 from engine.lora_source import LoraSource
-from engine.model import CausalLM
 from engine.memory import format_bytes
 from engine.memory_plan import graph_reserve, lora_reserve
+from engine.model import CausalLM
 from engine.model_config import ModelSpec
 from engine.model_runner import ModelRunner, measure_activation_bytes
 from engine.sampler import Sampler
