@@ -9,6 +9,7 @@ State    exp_avg, exp_avg_sq: float32 [n]; or uint8 [n] with exp_avg_absmax, exp
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from kernels.codebooks import DYNAMIC_MAP, UNSIGNED_DYNAMIC_MAP
 
 BLOCK = 256
 MOMENTS = {"exp_avg": DYNAMIC_MAP, "exp_avg_sq": UNSIGNED_DYNAMIC_MAP}
+"""What the codes of each moment stand for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +91,14 @@ def update_8bit(
     settings: AdamWSettings,
 ) -> None:
     """The same with 8-bit state; everything is computed before anything is changed."""
+    tables = {name: _tables(name, master.device) for name in MOMENTS}
     moments = {
-        name: _decode(state[name], state[f"{name}_absmax"], values)
-        for name, values in MOMENTS.items()
+        name: _decode(state[name], state[f"{name}_absmax"], tables[name]) for name in MOMENTS
     }
     new_master = master.clone()
     _adamw(new_master, grad * grad_scale, moments["exp_avg"], moments["exp_avg_sq"],
            torch.empty_like(master), learning_rate, num_updates, settings)  # fmt: skip
-    encoded = {name: _encode(moments[name], values) for name, values in MOMENTS.items()}
+    encoded = {name: _encode(moments[name], tables[name]) for name in MOMENTS}
     # Rounded to zero, a second moment would leave the update of its first one unbounded.
     encoded["exp_avg_sq"][0].clamp_min_((moments["exp_avg_sq"] > 0).to(torch.uint8))
     for name, (codes, absmax) in encoded.items():
@@ -125,18 +127,47 @@ def _adamw(
     master.addcdiv_(exp_avg, denominator, value=-learning_rate / correction1)
 
 
-def _decode(codes: Tensor, absmax: Tensor, values: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Tables:
+    """How one moment's codes are read and found."""
+
+    values: Tensor
+    """float32 [256], sorted: what a code stands for."""
+    midpoints: Tensor
+    """float32 [256]: code i is nearest up to midpoint i; the last is infinite."""
+    first_codes: Tensor
+    """uint8 [65536]: by a float's upper 16 bits, the nearest code of the smallest such float. The
+    largest one's is the same or the next: no two midpoints share their upper 16 bits."""
+
+
+@functools.cache
+def _tables(name: str, device: torch.device) -> _Tables:
+    """Searching 256 values for each parameter takes ten times as long as all else together."""
+    values = MOMENTS[name]
+    midpoints = (values[:-1] + values[1:]) / 2
+    upper = torch.arange(65536, dtype=torch.int32) << 16  # wraps for negative floats, as it should
+    smallest = torch.where(upper < 0, upper | 0xFFFF, upper).view(torch.float32)
+    first_codes = torch.bucketize(smallest.nan_to_num(), midpoints).to(torch.uint8)
+    infinity = torch.tensor([torch.inf])
+    return _Tables(
+        values.to(device), torch.cat([midpoints, infinity]).to(device), first_codes.to(device)
+    )
+
+
+def _decode(codes: Tensor, absmax: Tensor, tables: _Tables) -> Tensor:
     """float32 [n] of codes uint8 [n] and absmax float32 [ceil(n / BLOCK)]."""
-    decoded = values.to(codes.device)[codes.int()]
+    decoded = tables.values.index_select(0, codes.int())
     blocks = pad(decoded, (0, -codes.numel() % BLOCK)).view(-1, BLOCK)
     return blocks.mul_(absmax[:, None]).flatten()[: codes.numel()]
 
 
-def _encode(moment: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def _encode(moment: Tensor, tables: _Tables) -> tuple[Tensor, Tensor]:
     """(codes uint8 [n], absmax float32 [ceil(n / BLOCK)]): the nearest value of the map."""
     blocks = pad(moment, (0, -moment.numel() % BLOCK)).view(-1, BLOCK)
     absmax = blocks.abs().amax(dim=1)  # [num_blocks]
     scaled = blocks / absmax.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    midpoints = ((values[:-1] + values[1:]) / 2).to(moment.device)
-    codes = torch.bucketize(scaled, midpoints, out_int32=True).to(torch.uint8)
-    return codes.flatten()[: moment.numel()], absmax
+    scaled = scaled.flatten()[: moment.numel()]
+    upper = (scaled.view(torch.int32) >> 16) & 0xFFFF
+    codes = tables.first_codes.index_select(0, upper)
+    codes += scaled > tables.midpoints.index_select(0, codes.int())
+    return codes, absmax

@@ -51,13 +51,15 @@ def check_lengths(dataset: TokenDataset, config: TrainConfig, name: str) -> None
     """
     assert config.max_seq_len is not None
     room, reason = config.max_seq_len, f"are longer than max_seq_len, {config.max_seq_len} tokens"
+    remedy = "Shorten them or raise it."
     if config.method == "grpo":
         room -= config.max_completion_tokens
         reason = (
             f"leave no room for an answer of {config.max_completion_tokens} tokens within "
             f"max_seq_len, {config.max_seq_len}"
         )
-    _refuse(dataset.offsets.diff() > room, dataset, name, reason, "Shorten them or raise it.")
+        remedy = "Shorten them, or lower max_completion_tokens."
+    _refuse(dataset.offsets.diff() > room, dataset, name, reason, remedy)
 
 
 def _refuse(

@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 FATAL = (torch.AcceleratorError, KeyboardInterrupt, SystemExit)
 """After these nothing in this process can be trusted or is wanted."""
 
+MANY_LONG_SLICES = 20
+"""So often a slice must have waited for more than one step of the streams before it is told."""
+
 
 class Trainer(Protocol):
     """One job as the runner sees it; engine/train/trainer.py, or a fake in tests."""
@@ -92,7 +95,7 @@ class JobRunner:
         self._trainer: Trainer | None = None
         self._slices: Generator[TrainingEvent | None, None, None] | None = None
         self._events: list[TrainingEvent] = []
-        self._has_told_of_stalls = False
+        self._num_long_slices = 0
 
     @property
     def is_running(self) -> bool:
@@ -119,7 +122,7 @@ class JobRunner:
             self._events.append(_failed(job, error))
             return
         self._job, self._slices = job, self._trainer.run()
-        self._has_told_of_stalls = False
+        self._num_long_slices = 0
 
     def stop(self, job_id: str, status: Literal["paused", "cancelled"]) -> None:
         """Ask a job to end; one that does not run is ignored, for it has had its last word."""
@@ -187,11 +190,13 @@ class JobRunner:
             self._slices = self._job = None  # the trainer stays: its weights may be asked for
 
     def _tell_of_stalls(self, kind: Hashable) -> None:
-        """Say once per job that a slice is longer than streams are meant to wait."""
+        """Say once per job that slices are longer than streams are meant to wait."""
         expected_s = self._budget.expected_s(kind)
-        if self._has_told_of_stalls or expected_s <= self._budget.max_stall_s:
+        if expected_s <= self._budget.max_stall_s:
             return
-        self._has_told_of_stalls = True
+        self._num_long_slices += 1
+        if self._num_long_slices != MANY_LONG_SLICES:
+            return
         assert self._job is not None
         message = (
             f"A part of a training step takes {expected_s * 1e3:.0f} ms and cannot be divided; "

@@ -72,9 +72,8 @@ def read_sharegpt(record: Record) -> Chat:
     for index, turn in enumerate(turns):
         where = f"conversations[{index}]"
         speaker = turn.get("from")
-        known = ", ".join(_SHAREGPT_ROLES)
-        require(speaker in _SHAREGPT_ROLES, f"{where}.from", f"one of {known}", speaker)
-        role = _SHAREGPT_ROLES[str(speaker)]
+        role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
+        require(role, f"{where}.from", f"one of {', '.join(_SHAREGPT_ROLES)}", speaker)
         require(isinstance(turn.get("value"), str), f"{where}.value", "a text", turn.get("value"))
         fields: dict[str, Any] = {"role": role, "content": turn["value"]}
         if speaker == "function_call":
@@ -176,6 +175,7 @@ def _turns(value: str, marker: re.Pattern[str]) -> list[tuple[str, str]]:
     """(role, text) of each turn of a conversation written as one text; what stands before the first
     marker is the system message."""
     matches = list(marker.finditer(value))
+    require(matches, "text", "turns of a conversation as in the lines before", value)
     header = value[: matches[0].start()].strip()
     turns = [("system", header)] if header else []
     ends = [match.start() for match in matches[1:]] + [len(value)]

@@ -153,6 +153,8 @@ def _sequences(
                     yield from sequences
         except BadRecord as error:
             reading.problems.add(str(error), line)
+        except RecursionError:  # legal JSON, but too deep for templates and schemas
+            reading.problems.add("the record is nested too deeply.", line)
 
 
 def _samples(record: Record, reading: _Reading) -> Sequence[Sample]:

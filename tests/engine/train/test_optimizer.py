@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from engine.errors import EngineError
+from engine.train import adamw
 from engine.train.config import TrainConfig
 from engine.train.optimizer import CHUNK, AdamW, clip_scale
 
@@ -79,6 +80,26 @@ def test_8_bit_is_near_32_bit():
     run(AdamW(rounded, TrainConfig(optimizer="adamw_8bit")), rounded, range(30))
     error = (rounded[0].master - exact[0].master).norm() / (exact[0].master - start).norm()
     assert error < 0.05
+
+
+@pytest.mark.parametrize("name", adamw.MOMENTS)
+def test_a_moment_is_rounded_to_the_nearest_value_of_its_map(name):
+    values = adamw.MOMENTS[name]
+    midpoints = (values[:-1] + values[1:]) / 2
+    around = [midpoints, midpoints.nextafter(torch.tensor(2.0)),
+              midpoints.nextafter(torch.tensor(-2.0)), values, -values * 0.999]  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    scales = 10.0 ** -torch.randint(0, 9, (100_000,), generator=generator)
+    anywhere = (torch.rand(100_000, generator=generator) * 2 - 1) * scales
+    moment = torch.cat([*around, anywhere, torch.tensor([-0.0, 0.0, 1e-42, -1e-42])])
+    if name == "exp_avg_sq":
+        moment = moment.abs()
+    moment = torch.nn.functional.pad(moment, (0, -len(moment) % 255)).view(-1, 255)
+    ones = torch.ones(len(moment), 1)  # makes every block's absmax 1
+    moment = torch.cat([moment, ones], dim=1).flatten()
+    codes, absmax = adamw._encode(moment, adamw._tables(name, torch.device("cpu")))
+    assert absmax.unique().tolist() == [1.0]
+    assert torch.equal(codes.long(), torch.bucketize(moment, midpoints))
 
 
 def test_8_bit_state_stays_bounded_where_a_gradient_vanishes():

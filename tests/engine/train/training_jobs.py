@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 
 import torch
@@ -11,7 +12,9 @@ from engine.api import TrainingCheckpoint, TrainingEnded, TrainingJob, TrainingN
 from engine.config import ModelConfig
 from engine.lora import LoraWeights
 from engine.model import CausalLM
+from engine.train.batches import Sample
 from engine.train.config import TrainConfig
+from engine.train.noise import noise_seed
 from engine.train.token_dataset import Kind, make_dataset, save_dataset
 from engine.train.trainer import Trainer
 from engine.weights import load_model
@@ -119,3 +122,42 @@ def checkpoint_steps(events: list) -> list[int]:
 
 def metric(event, name: str) -> float:
     return dict(event.metrics)[name]
+
+
+class FakeRollouts:
+    """Answers that depend on the policy, the step and the prompt alone, as real ones do; a low
+    token is worth most. Takes `num_slices` slices for a batch.
+    """
+
+    def __init__(self, num_slices: int = 3) -> None:
+        self.num_slices = num_slices
+        self.is_waiting = False
+        self.drawn: list[tuple[int, bool]] = []
+        self.was_closed = False
+
+    def draw(self, policy, prompts, *, config, reward_adapter, step, is_evaluation=False):
+        assert reward_adapter is not None
+        self.drawn.append((step, is_evaluation))
+        try:
+            self.is_waiting = True
+            for _ in range(self.num_slices):
+                yield
+        except GeneratorExit:
+            self.was_closed = True
+            raise
+        finally:
+            self.is_waiting = False
+        total = sum(module.b.sum().item() for module in policy.modules.values())
+        generator = torch.Generator().manual_seed(noise_seed(step, str(total)))
+        samples, rewards = [], []
+        for prompt in prompts:
+            answers = torch.randint(3, 97, (config.num_generations, 4), generator=generator)
+            scores = -answers.double().mean(dim=1)
+            advantages = (scores - scores.mean()) / (scores.std() + 1e-4)
+            for answer, advantage in zip(answers, advantages.tolist(), strict=True):
+                ids = torch.tensor([*prompt, *answer.tolist()], dtype=torch.int32)
+                weights = torch.tensor([0.0] * len(prompt) + [1.0] * 4)
+                samples.append(Sample(((ids, weights),), advantage))
+            rewards += scores.tolist()
+        metrics = {"reward": (sum(rewards), float(len(rewards)))}
+        return types.SimpleNamespace(samples=samples, metrics=metrics)

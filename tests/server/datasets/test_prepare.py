@@ -368,6 +368,7 @@ def test_a_token_that_the_model_lacks_is_named(problems):
         ({"messages": [HI, YO], "tools": "{"}, "supervised", "tools: expected JSON text"),
         ({"messages": [HI, YO], "tools": [{}]}, "supervised", "tools[0]: Missing required"),
         ({"chosen": HH + "Yo", "rejected": HH + "Yo"}, "dpo", "are the same"),
+        ({"chosen": HH + "Yo", "rejected": "No"}, "dpo", "expected turns of a conversation"),
         ({"chosen": [HI], "rejected": [HI, YO]}, "dpo", "must end in a message of the assistant"),
         ({"chosen": "a", "rejected": 1}, "reward", "rejected: expected a text"),
         ({"chosen": [HI, YO], "rejected": "x"}, "reward", "rejected: expected a list"),
