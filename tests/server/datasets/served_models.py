@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from engine.api import EngineInfo
 from server.chat_template import GUANACO, ChatTemplate
 from server.datasets.served_model import ServedModel, served_model
-from server.datasets.training_template import WITHOUT_TEMPLATE
+from server.datasets.training_template import SAVED_GUANACO, WITHOUT_TEMPLATE
 from server.prompts import chat_job, completion_job
 from server.schemas import ChatCompletionRequest, CompletionRequest
 from server.state import Lease, ServerState
@@ -57,6 +57,7 @@ REASONING = (  # as Qwen 3: earlier answers lose their reasoning, calls are writ
 )
 TEMPLATES = {
     "guanaco": GUANACO,
+    "saved-guanaco": SAVED_GUANACO,
     "without-template": WITHOUT_TEMPLATE,
     "pirate": (ROOT / "demo" / "pirate.jinja").read_text(encoding="utf-8"),
     "chatml": CHATML,

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.chat_template import GUANACO, ChatTemplate
+from server.chat_template import GUANACO, GUANACO_SYSTEM, ChatTemplate
 from server.datasets.chat_records import read_chat
 from server.datasets.problems import BadRecord
 from server.datasets.samples import Pair, Plain
 from server.datasets.sequences import SPLIT, Notes, sequences_of
 from server.datasets.served_model import template_input
-from server.datasets.training_template import WITHOUT_TEMPLATE, training_template
+from server.datasets.training_template import SAVED_GUANACO, WITHOUT_TEMPLATE, training_template
 from server.datasets.turns import scored_conversation
 from tests.server.datasets.served_models import (
     TEMPLATES,
@@ -171,7 +171,7 @@ TWO_TURNS = [
 
 @pytest.mark.parametrize(
     ("name", "num_sequences"),
-    [("zephyr", 1), ("llama-2", 1), ("guanaco", 2), ("reasoning", 2)],
+    [("zephyr", 1), ("llama-2", 1), ("without-template", 1), ("guanaco", 2), ("reasoning", 2)],
 )
 def test_a_conversation_is_one_sequence_where_the_template_keeps_what_was_generated(
     tokenizer, name, num_sequences
@@ -222,17 +222,18 @@ def test_an_answer_that_goes_on_behind_an_end_token_is_refused(tokenizer):
         sequences_of(model, sample, "supervised", Notes())
 
 
-def test_the_default_template_is_saved_text_that_begins_as_guanacos(tokenizer):
-    loaded, _ = tokenizer
-    assert training_template(None) is training_template(GUANACO) is WITHOUT_TEMPLATE
+def test_a_new_adapter_is_trained_with_a_template_that_can_be_saved(tokenizer):
     own = template("chatml")
     assert training_template(own) is own
-    saved = ChatTemplate(source=WITHOUT_TEMPLATE.source, origin="the adapter's")  # as loaded again
-    first = make_model(*tokenizer, WITHOUT_TEMPLATE)
-    again = make_model(*tokenizer, saved)
-    prompt = served_chat_prompt(first, TWO_TURNS[:1])
-    assert prompt == served_chat_prompt(again, TWO_TURNS[:1])
-    assert prompt.count(loaded.bos_token_id) == (loaded.bos_token_id is not None)
+    assert training_template(None) is WITHOUT_TEMPLATE
+    assert training_template(GUANACO) is SAVED_GUANACO
+    for chosen in (WITHOUT_TEMPLATE, SAVED_GUANACO):
+        saved = ChatTemplate(source=chosen.source, origin="the adapter's")  # as loaded again
+        prompt = served_chat_prompt(make_model(*tokenizer, saved), TWO_TURNS[:1])
+        bos = tokenizer[0].bos_token_id
+        assert prompt[:1] == [bos] or bos is None
+        text = tokenizer[0].decode(prompt, skip_special_tokens=True)
+        assert text.strip() == f"{GUANACO_SYSTEM} ### Human: Hi### Assistant:"
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
