@@ -38,7 +38,7 @@ class ServedModel:
     max_seq_len: int
     turn_ends: tuple[str | None, str | None] = ("", "")
     """What the template writes behind an answer, "</s>" or "<|im_end|>\\n" or nothing: without
-    tools, with tools. None: it writes answers in another way than its prompts begin them."""
+    tools, with tools. None: it does not write answers, or not as its prompts begin them."""
 
 
 def served_model(
@@ -75,7 +75,8 @@ def _turn_end(tokenizer: Tokenizer, template: ChatTemplate, tools: Tools) -> str
         whole = chat_text(tokenizer, template, given, add_generation_prompt=False)
     except BadRecord:  # it does not take such a conversation
         return ""
-    return whole.rpartition("Answer")[2] if whole.startswith(prompt) else None
+    answer = whole[len(prompt) :] if whole.startswith(prompt) else ""
+    return answer.rpartition("Answer")[2] if "Answer" in answer else None
 
 
 def template_input(

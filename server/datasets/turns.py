@@ -52,7 +52,7 @@ def chat_turn(model: ServedModel, given: TemplateInput) -> tuple[list[int], list
 def unlike_prompts(template: ChatTemplate) -> str:
     """Why nothing can be learnt with a template."""
     return (
-        f"{template.origin} writes answers in another way than its prompts begin them, so what the "
+        f"{template.origin} does not write answers, or not as its prompts begin them, so what the "
         f"model should generate is not known. Use another --chat-template."
     )
 

@@ -193,7 +193,7 @@ def test_a_template_that_writes_an_answer_unlike_its_prompt_is_refused(tokenizer
     source = "{{ messages[0].content }}{% if add_generation_prompt %}<think>{% endif %}"
     source += "{{ messages[1].content if messages | length > 1 }}"
     model = make_model(*tokenizer, ChatTemplate(source=source, origin="the test's template"))
-    with pytest.raises(BadRecord, match="message 1: the test's template writes answers in"):
+    with pytest.raises(BadRecord, match="message 1: the test's template does not write answers"):
         sequences_of(model, read_chat({"messages": TWO_TURNS[:2]}), "supervised", Notes())
 
 
