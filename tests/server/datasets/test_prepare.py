@@ -332,9 +332,7 @@ def test_a_template_that_writes_answers_unlike_its_prompts_is_said_once(run, pro
     template = ChatTemplate(source=THINKS_FIRST, origin="the base model's template")
     ((line, message),) = problems([{"messages": [HI, YO]}] * 3, template=template)
     assert line is None
-    assert (
-        "the base model's template does not write answers, or not as its prompts begin" in message
-    )
+    assert "the base model's template does not write answers, or not as" in message
     assert texts(run([{"messages": [HI, YO]}], "grpo", template=template)) == [("Hi<think>", "")]
 
 
