@@ -118,8 +118,8 @@ class LoadAdapter:
     pinned: bool = False
     """A pinned adapter keeps its pool row until it is unloaded."""
     from_training: str | None = None
-    """Job id: take the weights of that job's newest or best checkpoint from memory where they are
-    still there (ref.path names the same weights on disk)."""
+    """Folder that a TrainingCheckpoint or TrainingEnded has named: take those weights from the
+    trainer's memory where they are still there (ref.path names the same weights on disk)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +147,8 @@ class TrainingJob:
     """dpo and grpo: the frozen adapter to stay close to; None: the base."""
     reward_adapter: AdapterRef | None = None
     """grpo: who scores the answers."""
+    chat_template: str | None = None
+    """Of the prompts that it learns to answer, kept beside the adapter; None: the base's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +161,8 @@ class StartTraining:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopTraining:
-    """End a job after the step that runs, with a checkpoint; it still ends in one TrainingEnded."""
+    """End a job before its next micro-batch, with a checkpoint of the last whole step; it still
+    ends in one TrainingEnded."""
 
     job_id: str
     status: Literal["paused", "cancelled"]
@@ -235,6 +238,12 @@ class EngineStats:
     num_adapter_evictions: int = 0
     adapter_load_s: float = 0.0
     """Seconds spent reading and placing adapters, in total."""
+    num_drafts: int = 0
+    """Times that tokens were guessed for a sequence."""
+    num_draft_tokens: int = 0
+    """Tokens guessed."""
+    num_accepted_tokens: int = 0
+    """Tokens guessed that became part of a text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -353,6 +362,8 @@ class EngineInfo:
     """Hash of the quantised base; adapters that name another are refused."""
     load_s: float = 0.0
     quantization: str = "nf4"
+    memory: tuple[tuple[str, int], ...] = ()
+    """What takes the device's memory, or is kept free for it, in bytes by name."""
     notes: tuple[str, ...] = field(default=())
     """Lines for the operator: where a quantised copy was cached, which kernels fell back and
     why."""

@@ -43,6 +43,7 @@ class LoraPool:
         fingerprint: str | None,
         device: torch.device,
         dtype: torch.dtype,
+        budget_bytes: int | None = None,
     ) -> None:
         """
         Args:
@@ -52,12 +53,13 @@ class LoraPool:
             fingerprint: the base's; adapters that name another are refused. None: not checked.
             device: where the rows are.
             dtype: of the low-rank matrices in the rows; the model's, as a rule.
+            budget_bytes: what all rows may take together; None: what the device gives.
         """
         pin_memory = device.type == "cuda"
         self._loader = LoraLoader(
             config, model, load, fingerprint=fingerprint, dtype=dtype, pin_memory=pin_memory
         )
-        self._rows = DeviceRows(config.max_loras, device)
+        self._rows = DeviceRows(config.max_loras, device, budget_bytes)
         self._device = device
         self._widths = {path: shape[0] for path, shape in model.spec.linear_shapes().items()}
         self._unloading: set[AdapterRef] = set()  # to be forgotten when the last user is gone

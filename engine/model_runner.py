@@ -40,7 +40,7 @@ class StepResult:
 
     logits: torch.Tensor  # float32 [num_rows, vocab_size]
     sampled: list[Sequence]
-    """[num_rows]: the sequences that get a token."""
+    """[num_rows]: the sequences that get a token; one with drafts has a row more for each."""
     prompt_logprobs: list[tuple[Sequence, list[TokenLogprobs | None]]] = field(default_factory=list)
     """The new entries of sequences that asked for them."""
     scores: list[tuple[Sequence, float]] = field(default_factory=list)
@@ -169,7 +169,8 @@ def measure_activation_bytes(
     max_model_len: int,
     device: torch.device,
 ) -> int:
-    """Peak memory of the largest step on CUDA beyond what is allocated now, by running one.
+    """Peak memory of the largest step on CUDA, by running one, beyond what is allocated when this
+    returns. (Buffers that it has made and that are used again are allocated then.)
 
     Raises:
         NotEnoughMemory: the device cannot hold that step.
@@ -203,9 +204,11 @@ def measure_activation_bytes(
         sampling_bytes = 4 * logits.nbytes
         torch.cuda.synchronize(device)
         peak_bytes = torch.cuda.max_memory_allocated(device)
+        del kv_caches, batch, hidden, logits
+        kept_bytes = torch.cuda.memory_allocated(device) - before_bytes
     except torch.OutOfMemoryError as error:
         raise NotEnoughMemory(
             f"A step of {num_tokens} tokens does not fit beside the weights: {error} "
             f"Lower --max-num-batched-tokens."
         ) from error
-    return peak_bytes - before_bytes - cache_bytes + sampling_bytes
+    return peak_bytes - before_bytes - cache_bytes - kept_bytes + sampling_bytes

@@ -43,6 +43,8 @@ class HistoryModel:
         self.fail_on_token: int | None = None
         self.nan_on_token: int | None = None
         self.fatal = False
+        self.originality = 1.0
+        """Share of the tokens that depend on everything before; the others on the last one."""
 
     def __call__(self, batch, kv_caches, lora) -> torch.Tensor:
         self.num_tokens_run += len(batch.input_ids)
@@ -70,7 +72,9 @@ class HistoryModel:
             for position, entry in enumerate(history):
                 value = (value * 1_000_003 + entry + 7) % MODULUS
                 if position >= context_len - num_new:
-                    hidden.append([value, entry % VOCAB_SIZE])
+                    is_original = value % 1009 < 1009 * self.originality
+                    said = value if is_original else 1_000_003 * (entry + 7) % MODULUS
+                    hidden.append([said, entry % VOCAB_SIZE])
         return torch.tensor(hidden, dtype=torch.float64)
 
     def logits(self, hidden: torch.Tensor, lora: object) -> torch.Tensor:
@@ -203,11 +207,14 @@ class FakeEngine:
         num_rows: int = 2,
         load_steps: int = 0,
         broken: tuple[str, ...] = (),
+        speculative_config: str | None = None,
     ) -> None:
         config = EngineConfig(
             cache=CacheConfig(block_size=block_size, enable_prefix_caching=enable_prefix_caching),
             scheduler=SchedulerConfig(
-                max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                speculative_config=speculative_config,
             ),
             lora=LoraConfig(max_loras=num_rows),
         )
