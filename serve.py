@@ -1,6 +1,7 @@
 """Herd's entry: flags become configs, configs become objects, and the objects run.
 
     python serve.py [flags]                 serve the embedded demo, or --base and its --adapter
+    python serve.py train --base BASE --data FILE --output FOLDER [flags]      fine-tune an adapter
     python serve.py quantize SRC DST        write a bitsandbytes 4-bit copy of a 16-bit checkpoint
 
 The engine worker is spawned from this file and imports it again: heavy imports stay in functions.
@@ -46,6 +47,10 @@ def main(argv: list[str] | None = None) -> int:
         refuse_foreign_kernels()
         if words[:1] == ["quantize"]:
             return quantize(words[1:])
+        if words[:1] == ["train"]:
+            from server.train_command import train_command
+
+            return train_command(words[1:])
         engine_config, server_config = parse_serve_flags(words)
         return asyncio.run(serve(engine_config, server_config))
     except (EngineError, ValueError) as error:
@@ -85,7 +90,8 @@ def parse_serve_flags(words: list[str]) -> tuple[EngineConfig, ServerConfig]:
         prog="serve.py",
         usage="serve.py [flags]",
         description="Serve one 4-bit base model and a herd of LoRA adapters over the OpenAI API.",
-        epilog="python serve.py quantize --help: write a 4-bit copy of a 16-bit checkpoint.",
+        epilog="python serve.py train --help: fine-tune an adapter. "
+        "python serve.py quantize --help: write a 4-bit copy of a 16-bit checkpoint.",
     )
     for config_class in (ModelConfig, ServerConfig, SchedulerConfig, CacheConfig, LoraConfig):
         add_flags(parser, config_class)
