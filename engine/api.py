@@ -118,8 +118,8 @@ class LoadAdapter:
     pinned: bool = False
     """A pinned adapter keeps its pool row until it is unloaded."""
     from_training: str | None = None
-    """Job id: take the weights of that job's newest or best checkpoint from memory where they are
-    still there (ref.path names the same weights on disk)."""
+    """Folder that a TrainingCheckpoint or TrainingEnded has named: take those weights from the
+    trainer's memory where they are still there (ref.path names the same weights on disk)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +147,8 @@ class TrainingJob:
     """dpo and grpo: the frozen adapter to stay close to; None: the base."""
     reward_adapter: AdapterRef | None = None
     """grpo: who scores the answers."""
+    chat_template: str | None = None
+    """Of the prompts that it learns to answer, kept beside the adapter; None: the base's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +161,8 @@ class StartTraining:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopTraining:
-    """End a job after the step that runs, with a checkpoint; it still ends in one TrainingEnded."""
+    """End a job before its next micro-batch, with a checkpoint of the last whole step; it still
+    ends in one TrainingEnded."""
 
     job_id: str
     status: Literal["paused", "cancelled"]

@@ -31,7 +31,7 @@ from engine.block_manager import BlockManager
 from engine.config import EngineConfig
 from engine.errors import AdapterError, EngineError, RequestError
 from engine.grammar_queue import GrammarQueue
-from engine.model_runner import ModelRunner
+from engine.model_runner import Model, ModelRunner
 from engine.sampler import NOT_REACHED
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -76,13 +76,19 @@ class Engine:
         self._runner = runner
         self._sampler = sampler
         self._pool = lora_pool
-        self._max_len = min(max_model_len, num_blocks * config.cache.block_size)
+        self.max_len = min(max_model_len, num_blocks * config.cache.block_size)
+        """Longest prompt plus output."""
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
         self._compiling = GrammarQueue(compiler)
         self._outbox: list[RequestDelta] = []
         self._num_arrivals = 0
+
+    @property
+    def model(self) -> Model:
+        """What runs the steps; training reads the same tensors."""
+        return self._runner.model
 
     # Requests.
 
@@ -95,7 +101,7 @@ class Engine:
         if request.request_id in self._sequences:
             raise ValueError(f"request_id: expected a new one, got {request.request_id!r} again")
         try:
-            check_request(request, vocab_size=self._vocab_size, max_len=self._max_len)
+            check_request(request, vocab_size=self._vocab_size, max_len=self.max_len)
         except RequestError as error:
             self._outbox.append(
                 RequestDelta(
@@ -105,7 +111,7 @@ class Engine:
             return
         self._num_arrivals += 1
         sequence = Sequence.from_request(
-            request, self._num_arrivals, eos_token_ids=self._eos_token_ids, max_len=self._max_len
+            request, self._num_arrivals, eos_token_ids=self._eos_token_ids, max_len=self.max_len
         )
         self._sequences[sequence.request_id] = sequence
         self.adapters.begin_use(request.adapter)

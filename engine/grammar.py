@@ -245,10 +245,6 @@ class GrammarMatcher:
         """Nothing can follow: the text is whole, whether or not an end-of-text token came."""
         return bool(self._matcher.is_stopped())
 
-    def can_end(self) -> bool:
-        """The text so far is whole, though more may follow."""
-        return bool(self._matcher.is_accepting())
-
 
 def _num_words(num_tokens: int) -> int:
     return (num_tokens + 31) // 32

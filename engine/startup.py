@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from engine.api import AdapterRef, EngineInfo
-from engine.config import EngineConfig
+from engine.api import AdapterRef, EngineInfo, TrainingJob
+from engine.config import EngineConfig, ModelConfig
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.grammar import GrammarCompiler
@@ -23,15 +23,24 @@ from engine.kv_cache import (
 )
 from engine.lora import LoraWeights
 from engine.lora_pool import LoraPool
+from engine.lora_source import LoraSource
+from engine.model import CausalLM
 from engine.memory import format_bytes
 from engine.memory_plan import graph_reserve, lora_reserve
 from engine.model_config import ModelSpec
 from engine.model_runner import ModelRunner, measure_activation_bytes
 from engine.sampler import Sampler
+from engine.train.config import TrainConfig
+from engine.train.rollouts import EngineRollouts
+from engine.train.runner import JobRunner
+from engine.train.trainer import Trainer
 from engine.weights import LoadedModel, load_model
 from kernels.threads import set_num_threads
 
 LoadAdapterFiles = Callable[[AdapterRef], LoraWeights]
+WriteAdapterFiles = Callable[[Path, LoraWeights, TrainConfig, str | None], None]
+"""Writes the PEFT folder of an adapter that is being trained, with its chat template if it has its
+own. Raises OSError."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -46,16 +55,13 @@ def create_engine(
         EngineError: --device or --max-model-len asks for what there is not.
     """
     started_s = time.perf_counter()
-    device = _device(config)
-    if device.type == "cpu":
-        set_num_threads(config.model.threads)
     spec = ModelSpec.from_folder(folder)
     max_model_len = _max_model_len(config, spec.max_context_len)
     if config.cache.kv_cache_memory_bytes is not None:
         # Known beforehand: refuse before minutes of loading, not after.
         _num_blocks(config, spec, spec.dtype, max_model_len, 0, "")
-    loaded = load_model(config.model, folder, device, progress)
-    spec, model = loaded.spec, loaded.model
+    loaded = load_base(config.model, folder, progress)
+    spec, model, device = loaded.spec, loaded.model, loaded.model.device
     pool = LoraPool(
         config.lora,
         model,
@@ -111,14 +117,70 @@ def create_engine(
     return engine, info
 
 
-def _device(config: EngineConfig) -> torch.device:
+def create_runner(
+    config: EngineConfig,
+    engine: Engine,
+    info: EngineInfo,
+    source: LoraSource,
+    write_adapter: WriteAdapterFiles,
+) -> JobRunner:
+    """What trains beside an engine, on the same base.
+
+    Args:
+        config:        of the engine.
+        engine:        draws the answers of grpo.
+        info:          about the engine.
+        source:        what the engine reads adapters with.
+        write_adapter: writes the folder of an adapter that is being trained.
+    """
+    model = engine.model
+    assert isinstance(model, CausalLM)
+    rollouts = EngineRollouts(engine, source)
+
+    def make_trainer(job: TrainingJob) -> Trainer:
+        return Trainer(
+            job,
+            model,
+            base_fingerprint=info.base_fingerprint,
+            max_model_len=info.max_model_len,
+            load_adapter=source,
+            write_adapter=lambda path, weights, settings: write_adapter(
+                path, weights, settings, job.chat_template
+            ),
+            rollouts=rollouts,
+        )
+
+    return JobRunner(
+        make_trainer,
+        rollouts,
+        source,
+        max_stall_s=config.scheduler.train_max_stall_ms / 1e3,
+        device=model.device,
+    )
+
+
+def load_base(config: ModelConfig, folder: Path, progress: Progress) -> LoadedModel:
+    """Load the model where --device says, with as many threads as --threads says.
+
+    Raises:
+        CheckpointError: the model's folder cannot be loaded.
+        NotEnoughMemory: the weights do not fit.
+        EngineError: --device asks for what there is not.
+    """
+    device = _device(config)
+    if device.type == "cpu":
+        set_num_threads(config.threads)
+    return load_model(config, folder, device, progress)
+
+
+def _device(config: ModelConfig) -> torch.device:
     has_cuda = torch.cuda.is_available()
-    if config.model.device == "cuda" and not has_cuda:
+    if config.device == "cuda" and not has_cuda:
         raise EngineError(
             "--device cuda: this PyTorch finds no GPU. Use --device cpu, or a PyTorch built "
             "for your driver."
         )
-    return torch.device("cuda" if has_cuda and config.model.device != "cpu" else "cpu")
+    return torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
 
 
 def _max_model_len(config: EngineConfig, trained_len: int) -> int:

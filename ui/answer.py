@@ -37,6 +37,8 @@ class Answer:
 
     model: str
     generation: int | None = None
+    response_id: str | None = None
+    """None: it cannot be judged."""
     text: str = ""
     is_continuation: bool = False
     """The model has no chat template: its text continues the user's."""
@@ -60,6 +62,8 @@ class Answer:
             self.first_at = self.first_at or self.last_at
         self.finish_reason = piece.finish_reason or self.finish_reason
         self.generation = piece.generation or self.generation
+        if not self.is_continuation:  # the API takes feedback on chats
+            self.response_id = piece.response_id or self.response_id
         self.num_tokens = piece.num_tokens or self.num_tokens
 
     @property

@@ -20,6 +20,8 @@ import httpx
 
 CONNECT_TIMEOUT_S = 5.0
 REPLY_TIMEOUT_S = 15.0
+CALL_TIMEOUT_S = 60.0
+"""Loading an adapter, or reading a long file, takes a while."""
 GENERATION_HEADER = "X-Herd-Adapter-Generation"
 
 
@@ -91,6 +93,18 @@ class Piece:
     """Tokens of the whole answer, in the last piece only."""
     generation: int | None = None
     """Which generation of the adapter answers, in the first piece only."""
+    response_id: str | None = None
+    """By which the answer can be judged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visitor:
+    """Whose wish a call to the API is."""
+
+    key: str | None = None
+    address: str | None = None
+    """Handed on, because without any key the API lets only its own machine change it: the page's
+    calls must not pass for those of the machine that serves it."""
 
 
 class Client:
@@ -162,6 +176,53 @@ class Client:
         body = {"model": model, "prompt": prompt, **sampling.fields()}
         return self._pieces("/v1/completions", body, key)
 
+    async def call(
+        self,
+        method: str,
+        path: str,
+        visitor: Visitor,
+        *,
+        body: dict[str, Any] | None = None,
+        params: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """One request, answered with one JSON object.
+
+        Raises:
+            ApiError: the API refuses, or does not answer.
+        """
+        response = await self.send(method, path, visitor, body=body, params=params)
+        try:
+            return dict(response.json())
+        except (ValueError, TypeError) as error:
+            raise ApiError(f"The server's reply to {path} is not a JSON object.") from error
+
+    async def send(
+        self,
+        method: str,
+        path: str,
+        visitor: Visitor,
+        *,
+        body: dict[str, Any] | None = None,
+        params: dict[str, Any] | None = None,
+    ) -> httpx.Response:
+        """One request, answered with whatever.
+
+        Raises:
+            ApiError: the API refuses, or does not answer.
+        """
+        headers = _headers(visitor.key)
+        if visitor.address:
+            headers["X-Forwarded-For"] = visitor.address
+        try:
+            response = await self._http.request(
+                method, path, json=body, params=params, headers=headers, timeout=CALL_TIMEOUT_S
+            )
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        if response.status_code != 200:
+            raise _error(response)
+        return response
+
     async def _pieces(
         self, path: str, body: dict[str, Any], key: str | None
     ) -> AsyncGenerator[Piece, None]:
@@ -224,6 +285,7 @@ def _piece(event: dict[str, Any]) -> Piece:
         text=text or "",
         finish_reason=choice.get("finish_reason"),
         num_tokens=usage.get("completion_tokens"),
+        response_id=event.get("id"),
     )
 
 

@@ -49,7 +49,8 @@ class TrainConfig:
     """Tokens of a sample at most; by default the model's length. Longer samples are an error."""
     micro_batch_tokens: int | None = None
     """Tokens that run through a layer at once; gradients are accumulated over the batch. By default
-    what memory and --train-max-stall-ms allow. It changes rounding, nothing else."""
+    512, on a GPU 4096, or less where memory is short. It changes rounding and what dropout drops,
+    nothing else."""
     packing: bool = True
     """Put several short samples in one row of a micro-batch; they never see each other."""
     group_by_length: bool = False

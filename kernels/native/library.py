@@ -39,6 +39,7 @@ SIGNATURES = {
     "attention": (_I, _P),
     "add_lora": (_I, _P, _L, _P, _L, _L, _P, _L, _P),
     "decode": (_P, _P),
+    "nucleus_floors": (_P, _L, _L, _P, _P, _P),
     "read": (_P, _L),
 }
 """Arguments of the library's functions, herd_<name> each."""

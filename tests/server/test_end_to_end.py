@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from adapters.format import read_ref
+from adapters.writer import write_trained
 from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from engine.model_config import ModelSpec
 from server.adapters import Adapters
@@ -91,7 +92,8 @@ def herd(tmp_path_factory):
         cache=CacheConfig(kv_cache_memory_bytes=2**24),
         scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=256),
     )
-    engine = EngineClient(config, folder, functools.partial(read_ref, spec=spec))
+    write = functools.partial(write_trained, base_model="tiny")
+    engine = EngineClient(config, folder, functools.partial(read_ref, spec=spec), write)
     metrics = Metrics("tiny")
     adapters = Adapters(spec, engine, metrics, roots=[shelf], reserved_names=["tiny"])
     engine.on_restart = adapters.reload_all
