@@ -196,6 +196,7 @@ class Engine:
         result = None
         try:
             result = self._runner.run(items)
+            self._runner.prepare_next()
             tokens = self._sampler.sample(result.logits, result.sampled) if result.sampled else []
         except FATAL:
             raise
