@@ -58,6 +58,7 @@ def _candidates() -> list[tuple[str, Implementation, Callable[..., str | None]]]
         portable,
         rotary,
         rows,
+        sampling,
         selftest,
     )
     from kernels.gpu import selftest_layers as layers
@@ -101,5 +102,12 @@ def _candidates() -> list[tuple[str, Implementation, Callable[..., str | None]]]
         entry(
             "silu_and_mul", "triton", rows.silu_and_mul, rows.accepts_silu_and_mul,
             layers.silu_and_mul,
+        ),
+        entry(
+            "truncate", "triton", sampling.truncate, sampling.accepts_truncate, layers.truncate
+        ),
+        entry(
+            "apply_bitmask", "triton", sampling.apply_bitmask, sampling.accepts_bitmask,
+            layers.bitmask,
         ),
     ]  # fmt: skip

@@ -16,6 +16,8 @@ from kernels.fused import (
 )
 from kernels.gpu.selftest import Accepts, Run, compare, random
 from kernels.paged_attention import paged_attention_reference, write_kv_cache_reference
+from kernels.sampling import apply_bitmask_reference
+from kernels.truncation import truncate_reference
 
 BLOCK_SIZE = 16
 HEAD_DIM = 64
@@ -150,3 +152,29 @@ def _attention(run: Run, accepts: Accepts, device: torch.device, kind: torch.dty
         if problem:
             return problem
     return None
+
+
+def truncate(run: Run, accepts: Accepts, device: torch.device) -> str | None:
+    """All rules, together and off; to the bit."""
+    probs = (random(4, 1100, seed=1) * 2).softmax(dim=-1)
+    min_p, top_k = torch.tensor([0.0, 0.05, 0, 0]), torch.tensor([0, 40, 7, 0])
+    top_p = torch.tensor([0.9, 0.5, 1.0, 1.0])
+    ours = probs.to(device)
+    rules = _move((min_p, top_k, top_p), device)
+    if not accepts(ours, *rules):
+        return "not made for this device"
+    run(ours, *rules)
+    truncate_reference(probs, min_p, top_k, top_p)
+    return None if torch.equal(ours.cpu(), probs) else "other tokens are dropped"
+
+
+def bitmask(run: Run, accepts: Accepts, device: torch.device) -> str | None:
+    """Two of three rows, words in part."""
+    logits, rows = random(3, 70, seed=1), [2, 0]
+    words = torch.tensor([[-559038737, 0, 21], [1, -1, 42]], dtype=torch.int32)
+    ours = logits.to(device)
+    if not accepts(ours, rows, words):
+        return "not made for this device"
+    run(ours, rows, words)
+    apply_bitmask_reference(logits, rows, words)
+    return None if torch.equal(ours.cpu(), logits) else "other tokens are masked"
