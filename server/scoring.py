@@ -16,7 +16,8 @@ from typing import Any
 from engine.api import GenerateRequest, SamplingParams
 from server.chat_template import ChatTemplate
 from server.datasets.problems import BadRecord
-from server.datasets.served_model import ServedModel, chat_turn, plain_turn, served_model
+from server.datasets.served_model import ServedModel, served_model, template_input
+from server.datasets.turns import plain_turn, scored_conversation
 from server.errors import ApiError, bad_request, from_engine
 from server.generation import closable
 from server.message_schemas import Message
@@ -94,22 +95,23 @@ def conversation_tokens(
     """
     assert lease.adapter is not None
     template = template_for(state, lease.adapter, lease.adapter.name)
-    model = _served(state, template)
-    if messages[-1].role == "assistant" and not template_kwargs:
-        try:
-            prompt_ids, answer_ids = chat_turn(model, messages, tools)
-        except BadRecord:  # an empty answer, or one that the template writes in its own way
-            pass
-        else:
-            return prompt_ids + answer_ids
-    return chat_tokens(
-        template_messages(messages, template),
-        template,
-        state,
-        tools=tools,
-        add_generation_prompt=False,
-        template_kwargs=template_kwargs,
+    check_text(
+        "".join(message.text() for message in messages), state.tokenizer, state.info(), "messages"
     )
+    if template_kwargs:
+        return chat_tokens(
+            template_messages(messages, template),
+            template,
+            state,
+            tools=tools,
+            add_generation_prompt=False,
+            template_kwargs=template_kwargs,
+        )
+    try:
+        given = template_input(template, messages, tools)
+        return scored_conversation(_served(state, template), given)
+    except BadRecord as error:
+        raise bad_request(str(error), "messages", "chat_template_error") from error
 
 
 def _served(state: ServerState, template: ChatTemplate | None) -> ServedModel:

@@ -42,6 +42,8 @@ class ModelCard:
     """Tokens that prompt and answer may have together, where the API tells."""
     generation: int | None = None
     """Which publication of the adapter answers now, where the API tells."""
+    scores: bool = False
+    """It judges answers and gives none."""
 
     @property
     def title(self) -> str:

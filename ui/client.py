@@ -66,6 +66,7 @@ class Client:
                     parent=card.get("parent"),
                     max_model_len=card.get("max_model_len"),
                     generation=card.get("generation"),
+                    scores=bool(card.get("has_score_head")),
                 )
                 for card in response.json()["data"]
             ]

@@ -63,17 +63,17 @@ class Training:
         visitor, view, form = visitor_of(request, self.api_key), self.view, self.view.form
         try:
             data = await self._data(visitor)
-            adapters = await self.runs.adapters(visitor)
             cards = await self.client.models(visitor.key)
             jobs = await self.runs.jobs(visitor)
         except ApiError as error:
             return self._failed(error)
         files = [(title, name) for title, name in data if not name.startswith(FEEDBACK)]
-        starts = [(adapter.name, adapter.name) for adapter in adapters if not adapter.scores]
+        judges = [(card.name, card.name) for card in cards if card.scores]
+        # Adapters first: what starts from one goes on chatting as it does.
+        starts = [(card.name, card.name) for card in cards if card.parent and not card.scores]
         starts += [
-            (f"{card.name} (a fresh adapter)", card.name) for card in cards if card.parent is None
+            (f"{card.name} (a fresh adapter)", card.name) for card in cards if not card.parent
         ]
-        judges = [(adapter.name, adapter.name) for adapter in adapters if adapter.scores]
         updates: Updates = {
             form.data: _choices(data, values[form.data]),
             form.validation: gr.update(choices=[("none", ""), *files]),

@@ -290,3 +290,17 @@ async def test_an_engine_that_dies_while_scoring_is_a_503(client, state, engine)
     response = await client.post("/v1/chat/completions", json=body)
     assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_restarting")
     assert state.num_sequences == 0
+
+
+async def test_model_cards_say_who_scores_loaded_or_not(client, state, tmp_path):
+    add_adapter(state, "chat")
+    for name, task in (("ft:judge", "SEQ_CLS"), ("ft:chat", "CAUSAL_LM"), ("ft:broken", None)):
+        folder = tmp_path / task if task else tmp_path
+        folder.mkdir(exist_ok=True)
+        if task:
+            (folder / "adapter_config.json").write_text(json.dumps({"task_type": task}))
+        state.adapters.fine_tuned[name] = folder
+    cards = (await client.get("/v1/models")).json()["data"]
+    found = {card["id"] for card in cards if card.get("has_score_head")}
+    assert found == {"judge", "ft:judge"}
+    assert len(cards) == 6
