@@ -238,6 +238,12 @@ class EngineStats:
     num_adapter_evictions: int = 0
     adapter_load_s: float = 0.0
     """Seconds spent reading and placing adapters, in total."""
+    num_drafts: int = 0
+    """Times that tokens were guessed for a sequence."""
+    num_draft_tokens: int = 0
+    """Tokens guessed."""
+    num_accepted_tokens: int = 0
+    """Tokens guessed that became part of a text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,6 +362,8 @@ class EngineInfo:
     """Hash of the quantised base; adapters that name another are refused."""
     load_s: float = 0.0
     quantization: str = "nf4"
+    memory: tuple[tuple[str, int], ...] = ()
+    """What takes the device's memory, or is kept free for it, in bytes by name."""
     notes: tuple[str, ...] = field(default=())
     """Lines for the operator: where a quantised copy was cached, which kernels fell back and
     why."""

@@ -1,7 +1,8 @@
 """How large the KV cache is, decided once at start, and its allocation.
 
-By flag, or what is free: on CUDA gpu_memory_utilization of the device less what weights and
-activations take, on the CPU half of the free memory and at most CPU_LIMIT_BYTES; in both cases no
+By flag, or what is free: on CUDA gpu_memory_utilization of the device less weights, activations
+and what is kept for later (engine/memory_plan.py), on the CPU half of the free memory and at most
+CPU_LIMIT_BYTES; in both cases no
 more than max_num_seqs full sequences need.
 """
 
@@ -13,23 +14,28 @@ from engine.config import CacheConfig
 from engine.errors import NotEnoughMemory
 from engine.memory import available_host_bytes, format_bytes
 from engine.model_config import DTYPES, ModelSpec
+from kernels.fp8_cache import FP8
 
 CPU_LIMIT_BYTES = 4 * 2**30
 """Default upper limit on the CPU: a server must not take a shared machine's memory unasked."""
 CPU_SHARE = 0.5
 """Default share of the free memory on the CPU."""
 
-KVCaches = list[tuple[torch.Tensor, torch.Tensor]]
+KVCaches = list[tuple[torch.Tensor, ...]]
+"""Of each layer k_cache and v_cache, and where these are 8-bit, the scales of both."""
 
 
 def kv_cache_dtype(config: CacheConfig, model_dtype: torch.dtype) -> torch.dtype:
     """The type of cached keys and values."""
-    return model_dtype if config.kv_cache_dtype == "auto" else DTYPES[config.kv_cache_dtype]
+    if config.kv_cache_dtype == "auto":
+        return model_dtype
+    return FP8 if config.kv_cache_dtype == "fp8" else DTYPES[config.kv_cache_dtype]
 
 
 def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
-    """Memory of one block over all layers, keys and values."""
-    return 2 * spec.num_layers * block_size * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+    """Memory of one block over all layers, keys and values, scales included."""
+    head_bytes = spec.head_dim * dtype.itemsize + (dtype == FP8)
+    return 2 * spec.num_layers * block_size * spec.num_kv_heads * head_bytes
 
 
 def choose_num_blocks(
@@ -85,16 +91,18 @@ def allocate_kv_caches(
 ) -> KVCaches:
     """One (k_cache, v_cache) per layer, each [num_blocks, block_size, num_kv_heads, head_dim].
 
+    8-bit caches come with their scales, uint8 [num_blocks, block_size, num_kv_heads] each.
+
     Raises:
         NotEnoughMemory: the allocator refuses.
     """
     shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+    parts: list[tuple[tuple[int, ...], torch.dtype]] = [(shape, dtype)] * 2
+    if dtype == FP8:
+        parts += [(shape[:3], torch.uint8)] * 2
     try:
         return [
-            (
-                torch.empty(shape, dtype=dtype, device=device),
-                torch.empty(shape, dtype=dtype, device=device),
-            )
+            tuple(torch.empty(size, dtype=kind, device=device) for size, kind in parts)
             for _ in range(spec.num_layers)
         ]
     except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain RuntimeError on the CPU
@@ -114,10 +122,10 @@ def default_cpu_bytes() -> int:
 
 
 def default_cuda_bytes(
-    device: torch.device, gpu_memory_utilization: float, activation_bytes: int
+    device: torch.device, gpu_memory_utilization: float, reserved_bytes: int
 ) -> int:
-    """What is left of the allowed share of a GPU after what is on it and a step's activations."""
+    """What is left of the allowed share of a GPU after what is on it and what is yet to come."""
     torch.cuda.empty_cache()
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     used_bytes = total_bytes - free_bytes
-    return int(total_bytes * gpu_memory_utilization) - used_bytes - activation_bytes
+    return int(total_bytes * gpu_memory_utilization) - used_bytes - reserved_bytes

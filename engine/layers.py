@@ -15,12 +15,13 @@ import torch
 
 from engine.head import Weight
 from engine.model_config import ModelSpec
-from kernels.fused import add_rms_norm, apply_rotary, rms_norm, silu_and_mul
+from kernels.attention_input import rotate_and_cache
+from kernels.fused import add_rms_norm, rms_norm, silu_and_mul
 from kernels.int8_linear import Int8Weight, int8_linear
 from kernels.linear import linear
 from kernels.nf4 import QuantizedWeight
 from kernels.nf4_linear import nf4_linear, prepare_weight
-from kernels.paged_attention import paged_attention, write_kv_cache
+from kernels.paged_attention import paged_attention
 
 if TYPE_CHECKING:
     from engine.batch import Batch
@@ -160,7 +161,7 @@ class DecoderLayer:
         cos: torch.Tensor,
         sin: torch.Tensor,
         batch: Batch,
-        kv_cache: tuple[torch.Tensor, torch.Tensor],
+        kv_cache: tuple[torch.Tensor, ...],
         lora: LoraBatch | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the layer: hidden and residual in and out, [num_tokens, hidden_size] each.
@@ -178,15 +179,18 @@ class DecoderLayer:
         q = q.view(num_tokens, -1, self._head_dim)  # [num_tokens, num_heads, head_dim]
         k = k.view(num_tokens, -1, self._head_dim)  # [num_tokens, num_kv_heads, head_dim]
         v = v.view(num_tokens, -1, self._head_dim)
+        norms = None
         if self.q_norm is not None and self.k_norm is not None:
-            q = rms_norm(q, self.q_norm, self._eps)
-            k = rms_norm(k, self.k_norm, self._eps)
-        q, k = apply_rotary(q, k, cos, sin)
-        k_cache, v_cache = kv_cache
-        write_kv_cache(k, v, k_cache, v_cache, batch.slot_mapping)
+            norms = self.q_norm, self.k_norm
+        k_cache, v_cache, *scales = kv_cache
+        kv_scales = (scales[0], scales[1]) if scales else None
+        q = rotate_and_cache(
+            q, k, v, cos, sin, k_cache, v_cache, batch.slot_mapping,
+            norms=norms, eps=self._eps, kv_scales=kv_scales,
+        )  # fmt: skip
         attended = paged_attention(
             q, k_cache, v_cache, batch.block_tables, batch.context_lens, batch.cu_seqlens_q,
-            scale=self._scale, sliding_window=self._sliding_window,
+            scale=self._scale, sliding_window=self._sliding_window, kv_scales=kv_scales,
         )  # fmt: skip
         x = self.o_proj(attended.view(num_tokens, self._q_size), lora)
         x, residual = add_rms_norm(x, residual, self.post_attention_layernorm, self._eps)

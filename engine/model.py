@@ -46,7 +46,7 @@ class CausalLM:
     def __call__(
         self,
         batch: Batch,
-        kv_caches: list[tuple[torch.Tensor, torch.Tensor]],
+        kv_caches: list[tuple[torch.Tensor, ...]],
         lora: LoraBatch | None = None,
     ) -> torch.Tensor:
         return self.forward(batch, kv_caches, lora)
@@ -54,7 +54,7 @@ class CausalLM:
     def forward(
         self,
         batch: Batch,
-        kv_caches: list[tuple[torch.Tensor, torch.Tensor]],
+        kv_caches: list[tuple[torch.Tensor, ...]],
         lora: LoraBatch | None = None,
     ) -> torch.Tensor:
         """Run one step.

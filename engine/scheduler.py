@@ -11,6 +11,7 @@ Rows      an adapter's row of the LoRA pool is held from admission to end or pre
           waits for one, the adapter that has held its row longest admits nobody more until the
           waiting one has got a row: rows go round.
 Fairness  between adapters: engine/waiting_queue.py.
+Drafts    come last (engine/speculation.py): what room and blocks are left then would be idle.
 Trainer   its own requests, of priority BACKGROUND, may be left out of a step, or have one to
           themselves. They give up blocks and rows as soon as a client's request needs them.
 """
@@ -26,6 +27,7 @@ from engine.block_manager import BlockManager
 from engine.config import SchedulerConfig
 from engine.errors import EngineError
 from engine.sequence import Sequence
+from engine.speculation import PromptLookup
 from engine.waiting_queue import AdapterKey, WaitingQueue
 
 Group = Literal["all", "clients", "background"]
@@ -45,7 +47,8 @@ class AdapterRows(Protocol):
 
 @dataclass(slots=True)
 class Schedule:
-    """One step: (sequence, number of its tokens to run), decodes first; and who cannot run."""
+    """One step: (sequence, number of its tokens to run, drafts included), decodes first; and who
+    cannot run."""
 
     items: list[tuple[Sequence, int]] = field(default_factory=list)
     failed: list[tuple[Sequence, EngineError]] = field(default_factory=list)
@@ -74,6 +77,7 @@ class Scheduler:
         self.pinned: set[AdapterRef] = set()
         """Adapters that keep their row while idle; the engine keeps this up to date."""
         self.num_preemptions = 0
+        self.speculation = PromptLookup(config.speculation) if config.speculation else None
         self._rows = rows
         self._num_rows = num_rows
         self._num_running: Counter[AdapterKey] = Counter()
@@ -132,13 +136,33 @@ class Scheduler:
         if len(self.running) >= self.config.max_num_seqs:
             self._prepare_next(passed_over, blocked)
         self._rotate_rows(group, blocked)
+        if self.speculation is not None:
+            self._place_drafts(self.speculation, schedule, budget)
         return schedule
 
     def complete(self, items: list[tuple[Sequence, int]]) -> None:
-        """Note that these tokens have been computed; call it before new tokens are appended."""
+        """Note that these tokens have been computed; call it before new tokens are appended.
+
+        Of their drafts nothing is known yet: the engine tells of each once it is one of the tokens.
+        """
         for sequence, num_new_tokens in items:
-            sequence.num_computed_tokens += num_new_tokens
-            self.blocks.commit(sequence)
+            self.complete_tokens(sequence, num_new_tokens - len(sequence.draft_token_ids))
+
+    def complete_tokens(self, sequence: Sequence, num_tokens: int) -> None:
+        """The next so many tokens of a sequence have their keys and values in the cache."""
+        sequence.num_computed_tokens += num_tokens
+        self.blocks.commit(sequence)
+
+    def settle_drafts(self, sequence: Sequence, token_ids: tuple[int, ...]) -> None:
+        """The step is over and has brought these tokens: note which drafts they are, forget all."""
+        assert self.speculation is not None
+        self.speculation.learn(sequence, token_ids)
+        self.drop_drafts(sequence)
+
+    def drop_drafts(self, sequence: Sequence) -> None:
+        """Forget a running sequence's drafts, and what they hold."""
+        sequence.draft_token_ids = []
+        self.blocks.trim(sequence)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues, blocks and row counts agree."""
@@ -154,6 +178,9 @@ class Scheduler:
             capacity = len(sequence.block_table) * self.blocks.block_size
             assert sequence.num_computed_tokens <= capacity, "computed tokens without a block"
             assert sequence.num_missing_tokens >= 1, "a running sequence has nothing to do"
+            assert not sequence.draft_token_ids, "drafts outlive their step"
+            needed = self.blocks.num_blocks_for(sequence.num_tokens)
+            assert len(sequence.block_table) <= needed, "a block that no token needs"
             assert (sequence.adapter is None) == (sequence.lora_row == -1), (
                 "a row without an adapter"
             )
@@ -182,6 +209,19 @@ class Scheduler:
                 schedule.items.append((sequence, 1))
                 budget -= 1
         return budget
+
+    def _place_drafts(self, speculation: PromptLookup, schedule: Schedule, budget: int) -> None:
+        """Run along what may follow, where sequences decode."""
+        for index, (sequence, _) in enumerate(schedule.items):
+            if sequence.num_missing_tokens != 1 or not sequence.output_token_ids:
+                continue
+            # The last token of all is never run.
+            num_left = sequence.max_tokens - len(sequence.output_token_ids) - 1
+            drafts = speculation.propose(sequence, min(num_left, budget))
+            if drafts and self.blocks.extend(sequence, len(drafts)):
+                sequence.draft_token_ids = drafts
+                schedule.items[index] = (sequence, 1 + len(drafts))
+                budget -= len(drafts)
 
     def _acquire_row(
         self,

@@ -53,6 +53,11 @@ class Sequence:
     sampler_state: Any = None
     """Owned by the sampler: whatever it keeps between the steps of one sequence."""
 
+    draft_token_ids: list[int] = field(default_factory=list)
+    """During a step: guesses that run behind the last token; see engine/speculation.py."""
+    lookup: Any = None
+    """Owned by engine/speculation.py: its index of this text."""
+
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when the sequence was first scheduled."""
     first_scheduled_s: float | None = None

@@ -10,6 +10,8 @@ import torch
 
 from engine.api import AdapterRef, EngineInfo, TrainingJob
 from engine.config import EngineConfig, ModelConfig
+from engine.cuda_graphs import CudaGraphBackend
+from engine.decode_graphs import DecodeGraphs
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.grammar import GrammarCompiler
@@ -24,6 +26,8 @@ from engine.kv_cache import (
 from engine.lora import LoraWeights
 from engine.lora_pool import LoraPool
 from engine.lora_source import LoraSource
+from engine.memory import format_bytes
+from engine.memory_plan import graph_reserve, lora_reserve
 from engine.model import CausalLM
 from engine.model_config import ModelSpec
 from engine.model_runner import ModelRunner, measure_activation_bytes
@@ -67,19 +71,36 @@ def create_engine(
         fingerprint=loaded.fingerprint,
         device=device,
         dtype=model.dtype,
+        budget_bytes=lora_reserve(spec, config.lora, model.dtype)
+        if device.type == "cuda"
+        else None,
     )
     block_size = config.cache.block_size
     cache_dtype = kv_cache_dtype(config.cache, model.dtype)
-    free_bytes, free_means = _free_for_cache(config, loaded, device, cache_dtype, max_model_len)
+    reserves = _reserves(config, loaded, device, cache_dtype, max_model_len)
+    free_bytes, free_means = _free_for_cache(config, device, sum(reserves.values()))
     num_blocks = _num_blocks(config, spec, model.dtype, max_model_len, free_bytes, free_means)
     progress("allocating the KV cache", 0, 1)
     kv_caches = allocate_kv_caches(
         spec, num_blocks=num_blocks, block_size=block_size, dtype=cache_dtype, device=device
     )
     progress("allocating the KV cache", 1, 1)
+    graphs = None
+    if device.type == "cuda" and not config.scheduler.enforce_eager:
+        graphs = DecodeGraphs(
+            model,
+            kv_caches,
+            pool,
+            CudaGraphBackend(device),
+            sizes=config.scheduler.graph_sizes,
+            block_size=block_size,
+            max_num_blocks=-(-max_model_len // block_size),
+            device=device,
+            budget_bytes=reserves["graphs"],
+        )
     engine = Engine(
         config,
-        ModelRunner(model, kv_caches, pool, block_size=block_size, device=device),
+        ModelRunner(model, kv_caches, pool, block_size=block_size, device=device, graphs=graphs),
         Sampler(),
         GrammarCompiler(config.model.tokenizer or folder, spec.vocab_size, spec.eos_token_ids),
         pool,
@@ -88,6 +109,8 @@ def create_engine(
         vocab_size=spec.vocab_size,
         eos_token_ids=spec.eos_token_ids,
     )
+    kv_cache_bytes = num_blocks * block_bytes(spec, block_size, cache_dtype)
+    memory = {"weights": loaded.weights_bytes, "KV cache": kv_cache_bytes, **reserves}
     info = EngineInfo(
         architecture=spec.architecture,
         vocab_size=spec.vocab_size,
@@ -99,7 +122,8 @@ def create_engine(
         kv_cache_dtype=_name(cache_dtype),
         device=str(device),
         weights_bytes=loaded.weights_bytes,
-        kv_cache_bytes=num_blocks * block_bytes(spec, block_size, cache_dtype),
+        kv_cache_bytes=kv_cache_bytes,
+        memory=tuple(memory.items()),
         base_fingerprint=loaded.fingerprint,
         load_s=time.perf_counter() - started_s,
         quantization=loaded.quantization,
@@ -207,19 +231,20 @@ def _num_blocks(
     )
 
 
-def _free_for_cache(
+def _reserves(
     config: EngineConfig,
     loaded: LoadedModel,
     device: torch.device,
     cache_dtype: torch.dtype,
     max_model_len: int,
-) -> tuple[int, str]:
-    """(bytes, where that number comes from)."""
+) -> dict[str, int]:
+    """What a GPU has to keep free beside weights and KV cache, by name; nothing on the CPU."""
     if device.type == "cpu":
-        return default_cpu_bytes(), "half of the free memory, at most 4 GiB"
+        return {}
+    spec, dtype = loaded.spec, loaded.model.dtype
     activation_bytes = measure_activation_bytes(
         loaded.model,
-        loaded.spec,
+        spec,
         cache_dtype=cache_dtype,
         block_size=config.cache.block_size,
         num_tokens=config.scheduler.max_num_batched_tokens,
@@ -227,9 +252,28 @@ def _free_for_cache(
         max_model_len=max_model_len,
         device=device,
     )
+    reserves = {
+        "activations": activation_bytes,
+        "adapters": lora_reserve(spec, config.lora, dtype),
+        "graphs": graph_reserve(spec, config, dtype),
+        "training": config.cache.training_memory_bytes or 0,
+    }
+    return {name: num_bytes for name, num_bytes in reserves.items() if num_bytes}
+
+
+def _free_for_cache(
+    config: EngineConfig, device: torch.device, reserved_bytes: int
+) -> tuple[int, str]:
+    """(bytes, where that number comes from)."""
+    if device.type == "cpu":
+        return default_cpu_bytes(), "half of the free memory, at most 4 GiB"
     utilization = config.cache.gpu_memory_utilization
-    free_bytes = default_cuda_bytes(device, utilization, activation_bytes)
-    return free_bytes, f"--gpu-memory-utilization {utilization} less weights and activations"
+    free_bytes = default_cuda_bytes(device, utilization, reserved_bytes)
+    means = (
+        f"--gpu-memory-utilization {utilization} less weights and {format_bytes(reserved_bytes)} "
+        f"for activations, adapters, graphs and training"
+    )
+    return free_bytes, means
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -85,7 +85,7 @@ class WholeStep:
         cos: torch.Tensor,
         sin: torch.Tensor,
         batch: Batch,
-        kv_caches: list[tuple[torch.Tensor, torch.Tensor]],
+        kv_caches: list[tuple[torch.Tensor, ...]],
         lora: LoraBatch | None,
     ) -> torch.Tensor | None:
         """All layers and the last norm: [num_tokens, hidden_size]; None where they must run one by

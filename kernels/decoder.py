@@ -86,7 +86,7 @@ class Decoder(Protocol):
         cos: Tensor,
         sin: Tensor,
         step: StepTensors,
-        kv_caches: Sequence[tuple[Tensor, Tensor]],
+        kv_caches: Sequence[tuple[Tensor, ...]],
         adapters: StepAdapters | None,
     ) -> Tensor | None:
         """Run every layer and the last norm.
@@ -94,7 +94,7 @@ class Decoder(Protocol):
         Args:
             hidden:    [num_tokens, hidden_size], embedded tokens; not changed.
             cos, sin:  float32 [num_tokens, head_dim / 2].
-            kv_caches: (k_cache, v_cache) of each layer; written into.
+            kv_caches: (k_cache, v_cache) of each layer, then scales where 8-bit; written into.
 
         Returns:
             hidden's shape and dtype, or None where these tensors cannot be run.

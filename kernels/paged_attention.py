@@ -1,5 +1,8 @@
 """Causal attention over a paged KV cache; prompt chunks and single tokens in one flat batch.
 
+An 8-bit cache has its scales beside it (kernels/fp8_cache.py), passed as kv_scales; its operations
+are dispatched under names of their own, so that an implementation knows what it gets.
+
 Numerics: scores, softmax and sums in float32, rounded once to q's dtype.
 A row's bits depend on its own query and keys alone: not on the rest of the batch, nor on the blocks
 that hold the keys, nor on whether it is decoded or part of a prompt chunk. For that, every product
@@ -16,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.dispatch import check, dispatch
+from kernels.fp8_cache import check_kv_scales, read_codes, write_fp8_cache_reference
 
 KV_SPLIT = 256
 """Key positions in one product."""
@@ -32,8 +36,16 @@ NOTHING_SEEN = -1e30
 """Running maximum before a row's first key: finite, as infinities must not meet in a difference."""
 
 
+KVScales = tuple[Tensor, Tensor]
+
+
 def write_kv_cache(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_scales: KVScales | None = None,
 ) -> None:
     """Store this step's keys and values in their slots, rounded to the cache's dtype.
 
@@ -41,16 +53,23 @@ def write_kv_cache(
         k, v:             [num_tokens, num_kv_heads, head_dim].
         k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim].
         slot_mapping:     int64 [num_tokens], block_id * block_size + offset; -1 = do not store.
+        kv_scales:        of an 8-bit cache, uint8 [num_blocks, block_size, num_kv_heads] each:
+                          written too.
 
     Raises:
-        ValueError: shapes disagree.
+        ValueError: shapes or dtypes disagree.
     """
     check(v.shape == k.shape, "v.shape", tuple(k.shape), tuple(v.shape))
     _check_caches(k_cache, v_cache)
     heads = tuple(k_cache.shape[2:])
     check(k.shape[1:] == heads, "k.shape[1:]", heads, tuple(k.shape[1:]))
     check(len(slot_mapping) == len(k), "len(slot_mapping)", len(k), len(slot_mapping))
-    dispatch("write_kv_cache", write_kv_cache_reference, k, v, k_cache, v_cache, slot_mapping)
+    check_kv_scales(k_cache, v_cache, kv_scales)
+    arguments = k, v, k_cache, v_cache, slot_mapping
+    if kv_scales is None:
+        dispatch("write_kv_cache", write_kv_cache_reference, *arguments)
+    else:
+        dispatch("write_fp8_cache", write_fp8_cache_reference, *arguments, kv_scales)
 
 
 def write_kv_cache_reference(
@@ -80,6 +99,7 @@ def paged_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
+    kv_scales: KVScales | None = None,
 ) -> Tensor:
     """Attend each new token to the cached keys of its sequence up to its own position.
 
@@ -92,9 +112,11 @@ def paged_attention(
                           head serves num_heads / num_kv_heads consecutive query heads.
         block_tables:     int32 [num_seqs, max_num_blocks], padded with -1.
         context_lens:     int32 [num_seqs], this step's tokens included: they are cached already.
-        cu_seqlens_q:     int32 [num_seqs + 1], prefix sums of new tokens.
+                          0 with one new token is padding, whose result is zeros.
+        cu_seqlens_q:     int32 [num_seqs + 1], prefix sums of new tokens, at least one each.
         scale:            multiplies the scores, usually head_dim ** -0.5.
         sliding_window:   tokens, or None.
+        kv_scales:        as write_kv_cache's.
 
     Returns:
         q's shape and dtype.
@@ -113,10 +135,13 @@ def paged_attention(
     check(len(cu_seqlens_q) == num_seqs + 1, "len(cu_seqlens_q)", num_seqs + 1, len(cu_seqlens_q))
     positive_window = sliding_window is None or sliding_window > 0
     check(positive_window, "sliding_window", "a positive number or None", sliding_window)
-    return dispatch(
-        "paged_attention", paged_attention_reference,
+    check_kv_scales(k_cache, v_cache, kv_scales)
+    arguments = (
         q, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale, sliding_window,
     )  # fmt: skip
+    if kv_scales is None:
+        return dispatch("paged_attention", paged_attention_reference, *arguments)
+    return dispatch("paged_attention_fp8", paged_attention_reference, *arguments, kv_scales)
 
 
 def paged_attention_reference(
@@ -128,12 +153,13 @@ def paged_attention_reference(
     cu_seqlens_q: Tensor,
     scale: float,
     sliding_window: int | None,
+    kv_scales: KVScales | None = None,
 ) -> Tensor:
     """paged_attention in plain PyTorch: several decodes at a time, prompt chunks one by one."""
     num_kv_heads, head_dim = k_cache.shape[2:]
     group = q.shape[1] // num_kv_heads
     queries = q.view(len(q), num_kv_heads, group, head_dim)
-    out = torch.empty(queries.shape, dtype=q.dtype, device=q.device)
+    out = torch.zeros(queries.shape, dtype=q.dtype, device=q.device)
     bounds, lens = cu_seqlens_q.tolist(), context_lens.tolist()
     num_new = [stop - start for start, stop in pairwise(bounds)]
 
@@ -143,7 +169,8 @@ def paged_attention_reference(
         limits = [(max(0, first - reach + 1), last) for first, last in positions]
         return torch.tensor(limits, device=q.device)
 
-    decodes = sorted((seq for seq, n in enumerate(num_new) if n == 1), key=lambda seq: lens[seq])
+    decodes = [seq for seq, n in enumerate(num_new) if n == 1 and lens[seq]]
+    decodes.sort(key=lambda seq: lens[seq])
     seqs_at_once = max(1, MAX_ELEMENTS // (num_kv_heads * KV_SPLIT * head_dim))
     for i in range(0, len(decodes), seqs_at_once):
         seqs = decodes[i : i + seqs_at_once]
@@ -152,7 +179,7 @@ def paged_attention_reference(
         attended = _attend(
             queries[tokens][:, :, None],  # [num_seqs, num_kv_heads, 1 tile, group, head_dim]
             limits[:, 1].view(-1, 1, 1, 1, 1),
-            limits, k_cache, v_cache, block_tables[seqs], scale, sliding_window,
+            limits, k_cache, v_cache, block_tables[seqs], scale, sliding_window, kv_scales,
         )  # fmt: skip
         out[tokens] = attended[:, :, 0]
 
@@ -176,6 +203,7 @@ def paged_attention_reference(
                     tiles[None, heads],  # [1 sequence, heads, num_tiles, tile * group, head_dim]
                     positions, limits, k_cache[:, :, heads], v_cache[:, :, heads],
                     block_tables[seq : seq + 1], scale, sliding_window,
+                    kv_scales and (kv_scales[0][:, :, heads], kv_scales[1][:, :, heads]),
                 )  # fmt: skip
                 by_query = attended.reshape(-1, num_tiles * tile, group, head_dim)[:, :num_queries]
                 out[start : start + num_queries, heads] = by_query.transpose(0, 1)
@@ -191,6 +219,7 @@ def _attend(
     tables: Tensor,
     scale: float,
     sliding_window: int | None,
+    kv_scales: KVScales | None,
 ) -> Tensor:
     """Attend tiles of rows; all tiles of a sequence share the keys gathered for it.
 
@@ -219,8 +248,8 @@ def _attend(
         # 0 * NaN is NaN.
         readable = key_positions.clamp(first, last)  # [num_seqs, KV_SPLIT]
         slots = tables.gather(1, readable // block_size) * block_size + readable % block_size
-        keys = _gather(k_cache, slots, queries.shape[4])
-        values = _gather(v_cache, slots, queries.shape[4])
+        keys = _gather(k_cache, slots, queries.shape[4], kv_scales and kv_scales[0])
+        values = _gather(v_cache, slots, queries.shape[4], kv_scales and kv_scales[1])
 
         hidden = key_positions > positions
         if sliding_window is not None:
@@ -235,10 +264,13 @@ def _attend(
     return acc.div_(running_sum)[..., :num_rows, :head_dim].to(rows.dtype)
 
 
-def _gather(cache: Tensor, slots: Tensor, padded_head_dim: int) -> Tensor:
+def _gather(cache: Tensor, slots: Tensor, padded_head_dim: int, scales: Tensor | None) -> Tensor:
     """Read slots [num_seqs, KV_SPLIT]: float32 [num_seqs, num_kv_heads, KV_SPLIT, head_dim]."""
     num_kv_heads, head_dim = cache.shape[2:]
-    read = cache.flatten(0, 1).index_select(0, slots.flatten())
+    if scales is None:
+        read = cache.flatten(0, 1).index_select(0, slots.flatten())
+    else:
+        read = read_codes(cache, scales, slots.flatten())
     by_head = read.view(*slots.shape, num_kv_heads, head_dim).transpose(1, 2)
     by_head = by_head.to(torch.float32, memory_format=torch.contiguous_format)
     if head_dim == padded_head_dim:

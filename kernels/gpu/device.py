@@ -44,6 +44,38 @@ PLANS: dict[Capability, DecodePlan] = {
 }
 """By compute capability; what is not here runs the portable kernels."""
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionPlan:
+    """How attention runs on one architecture: splits of few new tokens, chunks of many."""
+
+    split_keys: int = 64
+    """Keys at a time; KV_SPLIT is a multiple of it."""
+    split_warps: int = 4
+    split_stages: int = 3
+    programs_per_sm: int = 4
+    """Of splits: as many programs are launched as this and the number of splits allow."""
+    chunk_rows: int = 128
+    """Tokens times query heads to a kv head; half as many where heads are wider than 128."""
+    chunk_keys: int = 32
+    chunk_keys_fp8: int = 32
+    """In an 8-bit cache, where conversions take registers."""
+    chunk_warps: int = 8
+    chunk_stages: int = 3
+
+
+ATTENTION_PLANS: dict[Capability, AttentionPlan] = {
+    (7, 5): AttentionPlan(
+        split_keys=32, chunk_rows=16, chunk_keys=16, chunk_keys_fp8=16, chunk_warps=4
+    ),
+    (8, 0): AttentionPlan(),
+    (8, 6): AttentionPlan(),
+    (8, 7): AttentionPlan(),
+    (8, 9): AttentionPlan(),
+    (9, 0): AttentionPlan(chunk_keys=64),
+}
+"""By compute capability; elsewhere the reference runs."""
+
 MAX_PORTABLE_TOKENS = 4
 """The portable kernel reads the weight once per token."""
 
@@ -83,6 +115,13 @@ def decode_plan(device: torch.device) -> DecodePlan | None:
     if interpreting():
         return DecodePlan(rows=32, programs_per_sm=1)
     return PLANS.get(capability(device))
+
+
+def attention_plan(device: torch.device) -> AttentionPlan | None:
+    """Attention's plan on a device; None: it does not run there."""
+    if interpreting():
+        return AttentionPlan(chunk_rows=32, chunk_keys=64)
+    return ATTENTION_PLANS.get(capability(device))
 
 
 def max_decode_tokens(plan: DecodePlan, numel: int) -> int:

@@ -61,7 +61,7 @@ class NativeDecoder:
             len(weights.norm), width // 2, weights.num_heads, weights.num_kv_heads,
             weights.head_dim, weights.eps, weights.head_dim**-0.5,
         )  # fmt: skip
-        self._caches_of: Sequence[tuple[Tensor, Tensor]] | None = None
+        self._caches_of: Sequence[tuple[Tensor, ...]] | None = None
         self._caches: ctypes.Array[ctypes.c_void_p] | None = None
 
     def _layer(self, layer: LayerWeights) -> native.Layer:
@@ -108,7 +108,7 @@ class NativeDecoder:
         cos: Tensor,
         sin: Tensor,
         step: StepTensors,
-        kv_caches: Sequence[tuple[Tensor, Tensor]],
+        kv_caches: Sequence[tuple[Tensor, ...]],
         adapters: StepAdapters | None,
     ) -> Tensor | None:
         """As kernels/decoder.py's Decoder says."""
@@ -135,7 +135,7 @@ class NativeDecoder:
         self._library.herd_decode(ctypes.addressof(self._decoder), ctypes.addressof(call))
         return out
 
-    def _knows(self, kv_caches: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    def _knows(self, kv_caches: Sequence[tuple[Tensor, ...]]) -> bool:
         """Whether the caches can be used; their addresses are taken once."""
         if kv_caches is self._caches_of:
             return self._caches is not None

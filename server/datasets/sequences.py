@@ -14,14 +14,8 @@ from collections.abc import Iterator
 from engine.train.token_dataset import Kind
 from server.datasets.problems import BadRecord
 from server.datasets.samples import Chat, Pair, Plain, Sample
-from server.datasets.served_model import (
-    ServedModel,
-    chat_text,
-    chat_turn,
-    encode,
-    plain_prompt,
-    plain_turn,
-)
+from server.datasets.served_model import ServedModel, TemplateInput, template_input
+from server.datasets.turns import chat_prompt, chat_turn, plain_prompt, plain_turn
 
 Sequence = tuple[list[int], list[float]]
 """(token ids, loss weights)."""
@@ -97,7 +91,7 @@ def _turn(model: ServedModel, chat: Chat, index: int) -> tuple[list[int], list[i
             f"it, or remove it."
         )
     try:
-        return chat_turn(model, chat.messages[: index + 1], chat.tools)
+        return chat_turn(model, _given(model, chat, index + 1))
     except BadRecord as error:
         raise BadRecord(f"message {index}: {error}") from error
 
@@ -109,14 +103,16 @@ def _prompt(model: ServedModel, sample: Chat | Plain) -> Sequence:
             raise BadRecord("the prompt is empty. Remove the line.")
         token_ids = plain_prompt(model, sample.prompt)
     else:
-        assert model.template is not None
-        ends_in_answer = sample.messages[-1].role == "assistant"
-        asked = sample.messages[:-1] if ends_in_answer else sample.messages
-        if not asked:
+        num_asked = len(sample.messages) - (sample.messages[-1].role == "assistant")
+        if not num_asked:
             raise BadRecord("there is no prompt before the answer. Remove the line.")
-        text = chat_text(model, asked, sample.tools, add_generation_prompt=True)
-        token_ids = encode(model, text, add_special_tokens=model.template.adds_special_tokens)
+        token_ids = chat_prompt(model, _given(model, sample, num_asked))
     return token_ids, [0.0] * len(token_ids)
+
+
+def _given(model: ServedModel, chat: Chat, num_messages: int) -> TemplateInput:
+    assert model.template is not None
+    return template_input(model.template, chat.messages[:num_messages], chat.tools)
 
 
 def _context(sample: Chat | Plain) -> object:

@@ -92,6 +92,7 @@ struct Step {
 };
 
 extern const float* dynamic_map;  // [256], what the 8-bit code of a scale stands for
+extern uint8_t dynamic_map_bytes[4][256];  // the same, byte by byte, the lowest first; aligned
 
 // The operations of one instruction set. x is contiguous; strides are in elements.
 struct Kernels {

@@ -8,17 +8,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.chat_template import GUANACO, ChatTemplate
+from server.chat_template import GUANACO, GUANACO_SYSTEM, ChatTemplate
 from server.datasets.chat_records import read_chat
 from server.datasets.problems import BadRecord
 from server.datasets.samples import Pair, Plain
 from server.datasets.sequences import SPLIT, Notes, sequences_of
-from server.datasets.training_template import WITHOUT_TEMPLATE, training_template
+from server.datasets.served_model import template_input
+from server.datasets.training_template import SAVED_GUANACO, WITHOUT_TEMPLATE, training_template
+from server.datasets.turns import scored_conversation
 from tests.server.datasets.served_models import (
     TEMPLATES,
     TOKENIZERS,
     make_model,
     make_tokenizer,
+    published_template,
     served_chat_prompt,
     served_prompt,
     template,
@@ -70,9 +73,12 @@ def without_weights(messages):
     return [{k: v for k, v in message.items() if k != "weight"} for message in messages]
 
 
-def check_answers(model, record, notes=None):
-    """Every learnt answer of a conversation stands behind the prompt that the server builds."""
-    tools = record.get("tools")
+def check_prompts(model, record, notes=None):
+    """Every learnt answer stands behind the prompt that the server builds, and has one end token.
+
+    Returns:
+        The sequences, and (message, learnt tokens) of each answer.
+    """
     messages = without_weights(record["messages"])
     notes = Notes() if notes is None else notes
     sequences = sequences_of(model, read_chat(record), "supervised", notes)
@@ -88,13 +94,20 @@ def check_answers(model, record, notes=None):
     ]
     assert len(found) == len(learnt)
     for (prompt, answer, weight), (index, given_weight) in zip(found, learnt, strict=True):
-        assert prompt == served_chat_prompt(model, messages[:index], tools)
+        assert prompt == served_chat_prompt(model, messages[:index], record.get("tools"))
         assert weight == given_weight
         assert answer[-1] in model.eos_token_ids
         assert not set(answer[:-1]) & set(model.eos_token_ids)
-        content = messages[index].get("content") or ""
-        said = model.tokenizer.decode(answer, skip_special_tokens=True)
-        assert said.replace("<think>\n\n</think>\n\n", "").strip().startswith(content.strip())
+    return sequences, [(messages[i], found[n][1]) for n, (i, _) in enumerate(learnt)]
+
+
+def check_answers(model, record, notes=None):
+    """As check_prompts; and the learnt tokens say what the message says."""
+    sequences, answers = check_prompts(model, record, notes)
+    for message, token_ids in answers:
+        said = model.tokenizer.decode(token_ids, skip_special_tokens=True)
+        said = said.replace("<think>\n\n</think>\n\n", "").strip()
+        assert said.startswith((message.get("content") or "").strip())
     return sequences
 
 
@@ -169,7 +182,7 @@ TWO_TURNS = [
 
 @pytest.mark.parametrize(
     ("name", "num_sequences"),
-    [("zephyr", 1), ("llama-2", 1), ("guanaco", 2), ("reasoning", 2)],
+    [("zephyr", 1), ("llama-2", 1), ("without-template", 1), ("guanaco", 2), ("reasoning", 2)],
 )
 def test_a_conversation_is_one_sequence_where_the_template_keeps_what_was_generated(
     tokenizer, name, num_sequences
@@ -179,6 +192,35 @@ def test_a_conversation_is_one_sequence_where_the_template_keeps_what_was_genera
     sequences = check_answers(model, {"messages": TWO_TURNS}, notes)
     assert len(sequences) == num_sequences
     assert notes[SPLIT] == (num_sequences > 1)
+
+
+PUBLISHED = (
+    "llama3_1", "qwen2_5", "qwen3", "qwen3_instruct_2507", "gemma3", "phi3_5", "cohere2", "lfm2",
+    "glm4moe", "gptoss",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_templates_of_published_models_can_be_trained_with(tokenizer, name):
+    model = make_model(*tokenizer, published_template(name))
+    call = {"name": "weather", "arguments": '{"town": "Rome"}'}
+    calls = [{"id": "call_0", "type": "function", "function": call}]
+    conversation = [
+        *TWO_TURNS,
+        {"role": "user", "content": "The weather?"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "call_0", "content": "sun"},
+        {"role": "assistant", "content": "Sun."},
+    ]
+    check_prompts(model, {"messages": conversation, "tools": TOOLS})
+    check_prompts(model, {"messages": TWO_TURNS})
+
+
+@pytest.mark.parametrize("name", ["deepseek_r1_distill", "nemotron_3_nano", "smolvlm"])
+def test_published_templates_that_nothing_can_be_learnt_with_are_refused(tokenizer, name):
+    model = make_model(*tokenizer, published_template(name))
+    with pytest.raises(BadRecord, match="does not write answers, or not as its prompts begin them"):
+        sequences_of(model, read_chat({"messages": TWO_TURNS}), "supervised", Notes())
 
 
 def test_an_answer_that_begins_with_the_prompts_last_characters_is_tokenised_behind_it(tokenizer):
@@ -191,7 +233,7 @@ def test_a_template_that_writes_an_answer_unlike_its_prompt_is_refused(tokenizer
     source = "{{ messages[0].content }}{% if add_generation_prompt %}<think>{% endif %}"
     source += "{{ messages[1].content if messages | length > 1 }}"
     model = make_model(*tokenizer, ChatTemplate(source=source, origin="the test's template"))
-    with pytest.raises(BadRecord, match="message 1: the test's template writes this answer"):
+    with pytest.raises(BadRecord, match="message 1: the test's template does not write answers"):
         sequences_of(model, read_chat({"messages": TWO_TURNS[:2]}), "supervised", Notes())
 
 
@@ -220,14 +262,32 @@ def test_an_answer_that_goes_on_behind_an_end_token_is_refused(tokenizer):
         sequences_of(model, sample, "supervised", Notes())
 
 
-def test_the_default_template_is_saved_text_that_begins_as_guanacos(tokenizer):
-    loaded, _ = tokenizer
-    assert training_template(None) is training_template(GUANACO) is WITHOUT_TEMPLATE
+def test_a_new_adapter_is_trained_with_a_template_that_can_be_saved(tokenizer):
     own = template("chatml")
     assert training_template(own) is own
-    saved = ChatTemplate(source=WITHOUT_TEMPLATE.source, origin="the adapter's")  # as loaded again
-    first = make_model(*tokenizer, WITHOUT_TEMPLATE)
-    again = make_model(*tokenizer, saved)
-    prompt = served_chat_prompt(first, TWO_TURNS[:1])
-    assert prompt == served_chat_prompt(again, TWO_TURNS[:1])
-    assert prompt.count(loaded.bos_token_id) == (loaded.bos_token_id is not None)
+    assert training_template(None) is WITHOUT_TEMPLATE
+    assert training_template(GUANACO) is SAVED_GUANACO
+    for chosen in (WITHOUT_TEMPLATE, SAVED_GUANACO):
+        saved = ChatTemplate(source=chosen.source, origin="the adapter's")  # as loaded again
+        prompt = served_chat_prompt(make_model(*tokenizer, saved), TWO_TURNS[:1])
+        bos = tokenizer[0].bos_token_id
+        assert prompt[:1] == [bos] or bos is None
+        text = tokenizer[0].decode(prompt, skip_special_tokens=True)
+        assert text.strip() == f"{GUANACO_SYSTEM} ### Human: Hi### Assistant:"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_conversation_is_scored_as_the_reward_adapter_was_trained(tokenizer, name):
+    model = make_model(*tokenizer, template(name))
+    chosen = read_chat({"messages": TWO_TURNS})
+    rejected = read_chat({"messages": [*TWO_TURNS[:3], {"role": "assistant", "content": "No."}]})
+    trained, _ = sequences_of(model, Pair(chosen=chosen, rejected=rejected), "preference", Notes())
+    given = template_input(model.template, chosen.messages, ())
+    assert scored_conversation(model, given) == trained[0]
+
+
+def test_a_conversation_without_an_answer_is_scored_as_it_is(tokenizer):
+    model = make_model(*tokenizer, template("zephyr"))
+    given = template_input(model.template, read_chat({"messages": TWO_TURNS[:3]}).messages, ())
+    text = model.tokenizer.decode(scored_conversation(model, given), skip_special_tokens=False)
+    assert text.strip().endswith("How are you?" + model.tokenizer.special_tokens["eos_token"])
