@@ -10,9 +10,10 @@ resumes the job from its last checkpoint.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Hashable
 from types import GeneratorType
 from typing import Any, Literal, Protocol
 
@@ -30,7 +31,9 @@ from engine.api import (
 from engine.errors import EngineError, NotEnoughMemory
 from engine.lora import LoraWeights
 from engine.lora_source import LoraSource
+from engine.train.out_of_memory import with_smaller_batches
 from engine.train.rollouts import EngineRollouts
+from engine.train.run import Slices
 from engine.train.stall_budget import StallBudget
 
 logger = logging.getLogger(__name__)
@@ -45,7 +48,7 @@ MANY_LONG_SLICES = 20
 class Trainer(Protocol):
     """One job as the runner sees it; engine/train/trainer.py, or a fake in tests."""
 
-    def run(self) -> Generator[TrainingEvent | None, None, None]:
+    def run(self) -> Slices[None]:
         """Yields None between slices and events as they happen; the last is a TrainingEnded."""
         ...
 
@@ -93,7 +96,7 @@ class JobRunner:
         self._pace = _Pace(device)
         self._job: TrainingJob | None = None
         self._trainer: Trainer | None = None
-        self._slices: Generator[TrainingEvent | None, None, None] | None = None
+        self._slices: Slices[None] | None = None
         self._said: list[TrainingEvent | StepOutput] = []
         self._max_rollout_tokens = 1
         self._num_long_slices = 0
@@ -141,6 +144,16 @@ class JobRunner:
         """The engine's next step, and what it brings for the clients. The trainer's own requests
         take part where no client has any; else advance() runs them."""
         return self._rollouts.step()
+
+    def make_room(self) -> bool:
+        """Have the trainer give up the micro-batch that it is in the middle of, for a step that
+        finds no memory; whether there was one. It goes on as if its own memory had run out: with
+        smaller ones."""
+        if self._slices is None or not _is_inside(with_smaller_batches, self._slices):
+            return False
+        error = torch.OutOfMemoryError("The streams needed the memory.")
+        self._note(functools.partial(self._slices.throw, error))
+        return True
 
     def close(self) -> None:
         """Abandon the job without a word: another time it goes on from its last checkpoint."""
@@ -201,9 +214,14 @@ class JobRunner:
 
     def _slice(self) -> None:
         """Run to where the trainer stops next."""
+        assert self._slices is not None
+        self._note(functools.partial(next, self._slices))
+
+    def _note(self, go_on: Callable[[], TrainingEvent | None]) -> None:
+        """Let the trainer go on and keep what it has to say."""
         assert self._slices is not None and self._job is not None
         try:
-            event = next(self._slices)
+            event = go_on()
         except FATAL:
             raise
         except Exception as error:  # the job's boundary
@@ -269,9 +287,21 @@ class _Pace:
             self._last = event
 
 
-def _suspended_at(slices: Generator[TrainingEvent | None, None, None]) -> Hashable:
+def _suspended_at(slices: Slices[None]) -> Hashable:
     """Where a generator, or the one that it delegates to, goes on: the kind of its next slice."""
-    inner: Any = slices
-    while isinstance(inner.gi_yieldfrom, GeneratorType):
-        inner = inner.gi_yieldfrom
+    inner = _chain(slices)[-1]
     return inner.gi_code, inner.gi_frame and inner.gi_frame.f_lineno
+
+
+def _is_inside(function: Callable[..., Any], slices: Slices[None]) -> bool:
+    """Whether a generator is in the middle of what this function delegates to."""
+    code = function.__code__
+    return any(inner.gi_code is code for inner in _chain(slices)[:-1])
+
+
+def _chain(slices: Slices[None]) -> list[Any]:
+    """A generator, the one that it delegates to, and so on."""
+    chain: list[Any] = [slices]
+    while isinstance(chain[-1].gi_yieldfrom, GeneratorType):
+        chain.append(chain[-1].gi_yieldfrom)
+    return chain

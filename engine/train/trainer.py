@@ -151,8 +151,9 @@ class Trainer:
     ) -> Generator[None, None, Answers]:
         """Have prompts answered by the policy as it is; gives up as soon as the job is stopped."""
         assert self._rollouts is not None and self._job.reward_adapter is not None
+        policy = yield from in_thread(run.weights)
         slices = self._rollouts.draw(
-            run.weights(),
+            policy,
             prompts,
             config=run.config,
             reward_adapter=self._job.reward_adapter,
