@@ -43,6 +43,8 @@ class DeviceRows:
         self.num_users: Counter[AdapterRef] = Counter()
         self.pinned: set[AdapterRef] = set()
         """Adapters that keep their row, once they have one, although nobody uses them."""
+        self.version = 0
+        """Grows whenever a row changes."""
         self.num_evictions = 0
         self.placing_s = 0.0
         self._row_of: OrderedDict[AdapterRef, int] = OrderedDict()  # least recently used first
@@ -67,7 +69,7 @@ class DeviceRows:
         self.placed[row] = self._copy_to_device(ref, packed)
         self.rows[row] = Row(ref, packed.has_score_head, packed.num_bytes)
         self._row_of[ref] = row
-        self.plans.clear()
+        self._changed()
         self.placing_s += time.perf_counter() - started
         return row
 
@@ -89,7 +91,11 @@ class DeviceRows:
         if row is not None:
             self.rows[row] = None
             self.placed[row] = None
-            self.plans.clear()
+            self._changed()
+
+    def _changed(self) -> None:
+        self.plans.clear()
+        self.version += 1
 
     @property
     def can_free_row(self) -> bool:

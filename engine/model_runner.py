@@ -9,6 +9,7 @@ import torch
 
 from engine.api import GenerateRequest, SamplingParams, TokenLogprobs
 from engine.batch import Batch, make_batch
+from engine.decode_graphs import DecodeGraphs
 from engine.errors import NotEnoughMemory
 from engine.kv_cache import KVCaches, allocate_kv_caches
 from engine.model_config import ModelSpec
@@ -57,12 +58,14 @@ class ModelRunner:
         *,
         block_size: int,
         device: torch.device,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self.model = model
         self.kv_caches = kv_caches
         self.lora_pool = lora_pool
         self.block_size = block_size
         self.device = device
+        self._graphs = graphs
 
     @torch.inference_mode()
     def run(self, items: list[tuple[Sequence, int]]) -> StepResult:
@@ -72,6 +75,10 @@ class ModelRunner:
             AdapterError: a score request's adapter has no score head.
             RuntimeError: whatever the device says, out of memory among it.
         """
+        if self._graphs is not None:
+            logits = self._graphs.run(items)
+            if logits is not None:
+                return StepResult(logits=logits, sampled=[sequence for sequence, _ in items])
         batch = make_batch(items, block_size=self.block_size, device=self.device)
         lora = self.lora_pool.batch(batch.lora_indices, batch.lora_scales)
         hidden = self.model(batch, self.kv_caches, lora)  # [num_tokens, hidden_size]
@@ -88,6 +95,11 @@ class ModelRunner:
             prompt_logprobs=self._prompt_logprobs(items, hidden, lora),
             scores=scores,
         )
+
+    def prepare_next(self) -> None:
+        """What can be done for the next step while a GPU still runs this one."""
+        if self._graphs is not None:
+            self._graphs.prepare_next()
 
     def _logits(self, hidden: torch.Tensor, lora: Any, rows: list[int]) -> torch.Tensor:
         """float32 [len(rows), vocab_size]; an empty tensor where no row is asked for."""

@@ -10,6 +10,8 @@ import torch
 
 from engine.api import AdapterRef, EngineInfo, TrainingJob
 from engine.config import EngineConfig, ModelConfig
+from engine.cuda_graphs import CudaGraphBackend
+from engine.decode_graphs import DecodeGraphs
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.grammar import GrammarCompiler
@@ -83,9 +85,22 @@ def create_engine(
         spec, num_blocks=num_blocks, block_size=block_size, dtype=cache_dtype, device=device
     )
     progress("allocating the KV cache", 1, 1)
+    graphs = None
+    if device.type == "cuda" and not config.scheduler.enforce_eager:
+        graphs = DecodeGraphs(
+            model,
+            kv_caches,
+            pool,
+            CudaGraphBackend(device),
+            sizes=config.scheduler.graph_sizes,
+            block_size=block_size,
+            max_num_blocks=-(-max_model_len // block_size),
+            device=device,
+            budget_bytes=reserves["graphs"],
+        )
     engine = Engine(
         config,
-        ModelRunner(model, kv_caches, pool, block_size=block_size, device=device),
+        ModelRunner(model, kv_caches, pool, block_size=block_size, device=device, graphs=graphs),
         Sampler(),
         GrammarCompiler(config.model.tokenizer or folder, spec.vocab_size, spec.eos_token_ids),
         pool,

@@ -127,8 +127,8 @@ def read_shapes(base: str, model_dir: str | None) -> ModelSpec:
         )
     raise CheckpointError(
         f"{base}: there is no config.json in {' or '.join(str(f) for f in folders)}, and the name "
-        f"is none of {', '.join(BASE_ALIASES)}. A plan loads nothing: download config.json alone into a "
-        f"folder, and name the folder."
+        f"is none of {', '.join(BASE_ALIASES)}. A plan loads nothing: download config.json alone "
+        f"into a folder, and name the folder."
     )
 
 

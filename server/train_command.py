@@ -233,7 +233,7 @@ def _start(
                 if event is not None:
                     yield event
                 while begun.is_waiting:
-                    if not rollouts.take(engine.step()).stats.num_step_tokens:
+                    if not rollouts.step().stats.num_step_tokens:
                         time.sleep(WAIT_S)  # an adapter is being loaded
 
     return begun, events()

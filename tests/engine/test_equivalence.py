@@ -18,9 +18,11 @@ from engine.api import (
     SamplingParams,
 )
 from engine.config import CacheConfig, EngineConfig, LoraConfig, ModelConfig, SchedulerConfig
+from engine.decode_graphs import DecodeGraphs
 from engine.engine import Engine
 from engine.lora import LoraModule, LoraWeights
 from engine.startup import create_engine
+from tests.engine.test_decode_graphs import Recorder
 from tests.engine.tiny_models import save_model
 
 ARCHITECTURES = ("llama", "llama3_tied", "mistral_window", "qwen2", "qwen3")
@@ -336,3 +338,29 @@ def test_guessed_tokens_follow_a_real_grammar(models):
         d[-1].finish_reason for d in plain.values()
     ]
     assert engine.scheduler.speculation.num_accepted_tokens > 10
+
+
+def test_recorded_decode_steps_say_what_others_say(models):
+    """The real model, pool and attention; a backend that records on the CPU."""
+    folder, _ = models["llama"]
+    refs = [AdapterRef(uid=uid, generation=1, name=f"a{uid}", path="") for uid in (1, 2)]
+    choices = [(None, 1.0), (refs[0], 1.0), (refs[1], 0.5), (refs[1], 0.0)]
+    asked = [request(n, 20 + n, *choices[n % 4], logprobs=1) for n in range(7)]
+    plain = run(make_engine(folder), asked)
+    engine = make_engine(folder)
+    runner, backend = engine._runner, Recorder()
+    runner._graphs = DecodeGraphs(
+        runner.model,
+        runner.kv_caches,
+        runner.lora_pool,
+        backend,
+        sizes=(1, 2, 4, 8),
+        block_size=4,
+        max_num_blocks=64,
+        device=torch.device("cpu"),
+    )
+    found = run(engine, asked)
+    assert texts(found) == texts(plain)
+    for name, deltas in plain.items():
+        assert [d.logprobs for d in deltas] == [d.logprobs for d in found[name]]
+    assert backend.num_replayed > 10
