@@ -6,6 +6,7 @@ Formats  server/datasets/formats.py recognises them, docs/training-data.md lists
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -139,6 +140,7 @@ def _sequences(
     """Sequences of all samples, as long as there is no problem; then reading goes on to find the
     others."""
     for line, record in records:
+        time.sleep(0)  # the thread of a server's event loop need not wait for its turn
         try:
             samples = _samples(record, reading)
             assert reading.format is not None
