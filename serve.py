@@ -1,6 +1,7 @@
 """Herd's entry: flags become configs, configs become objects, and the objects run.
 
     python serve.py [flags]                 serve the embedded demo, or --base and its --adapter
+    python serve.py train --base BASE --data FILE --output FOLDER [flags]      fine-tune an adapter
     python serve.py quantize SRC DST        write a bitsandbytes 4-bit copy of a 16-bit checkpoint
     python serve.py plan --base BASE        what serving and training need of a GPU; loads nothing
 
@@ -51,6 +52,10 @@ def main(argv: list[str] | None = None) -> int:
             from server.plan import plan
 
             return plan(words[1:])
+        if words[:1] == ["train"]:
+            from server.train_command import train_command
+
+            return train_command(words[1:])
         engine_config, server_config = parse_serve_flags(words)
         return asyncio.run(serve(engine_config, server_config))
     except (EngineError, ValueError) as error:
@@ -90,7 +95,8 @@ def parse_serve_flags(words: list[str]) -> tuple[EngineConfig, ServerConfig]:
         prog="serve.py",
         usage="serve.py [flags]",
         description="Serve one 4-bit base model and a herd of LoRA adapters over the OpenAI API.",
-        epilog="python serve.py quantize --help: write a 4-bit copy of a 16-bit checkpoint. "
+        epilog="python serve.py train --help: fine-tune an adapter. "
+        "python serve.py quantize --help: write a 4-bit copy of a 16-bit checkpoint. "
         "python serve.py plan --help: what a model needs of a GPU.",
     )
     for config_class in (ModelConfig, ServerConfig, SchedulerConfig, CacheConfig, LoraConfig):

@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 
 from bench.aot_attention import attention_cases
 from bench.aot_linear import Case, linear_cases
+from bench.aot_rows import row_cases
 
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 BUDGETS = Path(__file__).parent / "aot_budgets.json"
@@ -64,7 +65,10 @@ def compile_case(case: Case, arch: int) -> Any:
     """Triton's compiled kernel, as the just-in-time compiler makes it for aligned tensors."""
     names = case.kernel.arg_names
     types = {n: "constexpr" if n in case.constants else case.types[n] for n in names}
-    sizes = ("row_size", "row_words", "x_stride", "y_stride", "out_stride", "numel")
+    sizes = (
+        "row_size", "row_words", "x_stride", "y_stride", "out_stride", "numel", "q_stride",
+        "k_stride", "v_stride", "residual_stride", "size", "stride", "vocab_size",
+    )  # fmt: skip
     aligned = [
         n for n in names
         if (types[n].startswith("*") and n not in case.unaligned) or n in sizes
@@ -196,7 +200,7 @@ def main() -> None:
     print(f"Triton {triton.__version__}; instructions, ALU and LD/ST are per weight")
     print("| kernel | arch | registers | shared, KB | instructions | ALU | LD/ST | wide loads |")
     print("|---|---|---|---|---|---|---|---|")
-    for case in linear_cases() + attention_cases():
+    for case in linear_cases() + attention_cases() + row_cases():
         for arch in case.arches:
             if arguments.arch in (None, arch):
                 counts = count(case, arch)

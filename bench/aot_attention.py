@@ -52,8 +52,10 @@ def attention_case(
     else:
         types |= {"out": f"*{q}", "num_seqs": "i32", "out_stride": "i32"}
     name = f"attention {what}, {cache}, {head_dim} wide, blocks of {block_size}"
+    name += ", window" if windowed else ""
+    name += ", no tensor cores" if arch < 80 else ""
     return Case(
-        name + (", window" if windowed else ""),
+        name,
         split_kernel if what == "split" else chunk_kernel,
         types, constants, 2 * keys * head_dim / (32 * num_warps), num_warps=num_warps,
         num_stages=plan.split_stages if what == "split" else plan.chunk_stages, arches=(arch,),

@@ -33,7 +33,7 @@ from engine.errors import AdapterError, EngineError, RequestError
 from engine.grammar_queue import GrammarQueue
 from engine.model_runner import Model, ModelRunner
 from engine.sampler import NOT_REACHED
-from engine.scheduler import Scheduler
+from engine.scheduler import Group, Scheduler
 from engine.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -136,8 +136,18 @@ class Engine:
         """Whether step() has, or soon will have, anything to do or to say."""
         return bool(self._sequences or self._outbox or self.adapters.has_work)
 
-    def step(self) -> StepOutput:
-        """Run one step and tell what it added; with nothing to run, deliver what is pending."""
+    @property
+    def num_requests(self) -> int:
+        """Those that have not ended."""
+        return len(self._sequences)
+
+    def step(self, group: Group = "all", max_num_tokens: int | None = None) -> StepOutput:
+        """Run one step and tell what it added; with nothing to run, deliver what is pending.
+
+        Args:
+            group:          whose tokens to run.
+            max_num_tokens: how many at most; None: as many as --max-num-batched-tokens says.
+        """
         started_s = time.perf_counter()
         deltas, self._outbox = self._outbox, []
         self._pool.poll()
@@ -146,7 +156,7 @@ class Engine:
                 self.scheduler.add(sequence)
             else:
                 deltas.append(self._finish(sequence, "error", error=failure, is_queued=False))
-        schedule = self.scheduler.schedule()
+        schedule = self.scheduler.schedule(group, max_num_tokens)
         for sequence, error in schedule.failed:
             deltas.append(self._finish(sequence, "error", error=error, is_queued=False))
         for sequence, _ in schedule.items:

@@ -97,7 +97,7 @@ def allocate_kv_caches(
         NotEnoughMemory: the allocator refuses.
     """
     shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-    parts = [(shape, dtype)] * 2
+    parts: list[tuple[tuple[int, ...], torch.dtype]] = [(shape, dtype)] * 2
     if dtype == FP8:
         parts += [(shape[:3], torch.uint8)] * 2
     try:

@@ -31,6 +31,9 @@ from kernels.sampling import (
     uniform,
 )
 
+NO_TOKEN, BROKEN = -1, -2
+"""In the place of a token id: nothing is left to choose from; the logits are not finite."""
+
 
 class SamplingError(EngineError):
     """The model's output for a sequence is broken; it ends, the others go on."""
@@ -90,7 +93,10 @@ class Sampler:
         is_broken = ~logits.sum(dim=-1).isfinite()  # one reduction: finite logits have such a sum
         if plan.changes_logits:
             _change_logits(plan, logits)
-        token_ids = _choose(plan, logits, is_broken, errors).tolist()
+        token_ids = _choose(plan, logits, is_broken).tolist()  # the one wait for the device
+        for row, token_id in enumerate(token_ids):
+            if token_id < 0:
+                errors.setdefault(row, _dead_row_error(token_id == BROKEN))
         is_reached = _follow(plan, token_ids, errors)
         logprobs = _report(plan, raw, token_ids) if raw is not None else {}
         if not errors and not logprobs and not plan.has_drafts:
@@ -257,18 +263,19 @@ def _penalise(plan: _Plan, logits: Tensor) -> None:
     apply_penalties(logits, rows, token_ids, counts, *values.unbind(dim=1))
 
 
-def _choose(
-    plan: _Plan, logits: Tensor, is_broken: Tensor, errors: dict[int, EngineError]
-) -> Tensor:
-    """Token id of each row: int64 [num_seqs]; rows in `errors` hold any."""
+def _choose(plan: _Plan, logits: Tensor, is_broken: Tensor) -> Tensor:
+    """Token id of each row: int64 [num_seqs]; BROKEN or NO_TOKEN where there is none."""
     is_dead = is_broken
     if plan.changes_logits:
         is_dead = is_broken | (logits.amax(dim=-1) == -torch.inf)
-    dead_rows = is_dead.nonzero().flatten().tolist()
-    if dead_rows:
-        for row, broken in zip(dead_rows, is_broken[dead_rows].tolist(), strict=True):
-            errors.setdefault(row, _dead_row_error(broken))
-        logits[dead_rows] = 0.0
+    if logits.device.type != "cpu" or is_dead.any():  # only the CPU knows without waiting
+        logits.masked_fill_(is_dead[:, None], 0.0)
+    token_ids = _pick(plan, logits)
+    return token_ids.masked_fill_(is_dead, NO_TOKEN).masked_fill_(is_broken, BROKEN)
+
+
+def _pick(plan: _Plan, logits: Tensor) -> Tensor:
+    """Token id of each row, whose largest logit is finite: int64 [num_seqs]."""
     if not plan.drawn_rows:
         return greedy(logits)
     assert plan.seeds is not None and plan.temperature is not None

@@ -12,13 +12,15 @@ Rows      an adapter's row of the LoRA pool is held from admission to end or pre
           waiting one has got a row: rows go round.
 Fairness  between adapters: engine/waiting_queue.py.
 Drafts    come last (engine/speculation.py): what room and blocks are left then would be idle.
+Trainer   its own requests, of priority BACKGROUND, may be left out of a step, or have one to
+          themselves. They give up blocks and rows as soon as a client's request needs them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from engine.api import AdapterRef
 from engine.block_manager import BlockManager
@@ -27,6 +29,9 @@ from engine.errors import EngineError
 from engine.sequence import Sequence
 from engine.speculation import PromptLookup
 from engine.waiting_queue import AdapterKey, WaitingQueue
+
+Group = Literal["all", "clients", "background"]
+"""Whose tokens a step runs."""
 
 
 class AdapterRows(Protocol):
@@ -90,12 +95,17 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
-    def schedule(self) -> Schedule:
-        """Choose the next step's tokens. Blocks for all of them are allocated when this returns."""
+    def schedule(self, group: Group = "all", max_num_tokens: int | None = None) -> Schedule:
+        """Choose the next step's tokens. Blocks for all of them are allocated when this returns.
+
+        Args:
+            group:          whose.
+            max_num_tokens: how many at most; None: max_num_batched_tokens.
+        """
         schedule = Schedule()
         self.running.sort(key=_order)
-        budget = self._place_decodes(schedule)
-        started = [s for s in self.running if s.num_missing_tokens > 1]
+        budget = self._place_decodes(schedule, group, max_num_tokens)
+        started = [s for s in self.running if s.num_missing_tokens > 1 and _is_of(group, s)]
         # What a preemption has freed is for those that run; admitting now would preempt again soon.
         may_admit = schedule.num_preempted == 0
         passed_over: set[AdapterKey] = set()
@@ -106,6 +116,8 @@ class Scheduler:
             sequence = None
             if may_admit and len(self.running) < self.config.max_num_seqs:
                 sequence = self.waiting.next(self._num_running, passed_over)
+                if sequence is not None and not _is_of(group, sequence):
+                    sequence = None
             if started and (
                 sequence is None or started[0].request.priority <= sequence.request.priority
             ):
@@ -115,14 +127,15 @@ class Scheduler:
             elif not self._acquire_row(sequence, schedule, passed_over, blocked):
                 continue
             elif not self._admit(sequence):
-                may_admit = False  # nobody overtakes a long prompt that waits for blocks
+                if group != "clients" or not self._preempt_background():
+                    may_admit = False  # nobody overtakes a long prompt that waits for blocks
                 continue
             num_new_tokens = min(sequence.num_missing_tokens, budget)
             schedule.items.append((sequence, num_new_tokens))
             budget -= num_new_tokens
         if len(self.running) >= self.config.max_num_seqs:
             self._prepare_next(passed_over, blocked)
-        self._rotate_rows(blocked)
+        self._rotate_rows(group, blocked)
         if self.speculation is not None:
             self._place_drafts(self.speculation, schedule, budget)
         return schedule
@@ -177,15 +190,15 @@ class Scheduler:
         assert len(self.running) <= self.config.max_num_seqs
         self.blocks.check_integrity(self.running)
 
-    def _place_decodes(self, schedule: Schedule) -> int:
+    def _place_decodes(self, schedule: Schedule, group: Group, max_num_tokens: int | None) -> int:
         """One token for each sequence that lacks one, blocks permitting; returns what is left."""
-        budget = self.config.max_num_batched_tokens
+        budget = self.config.max_num_batched_tokens if max_num_tokens is None else max_num_tokens
         index = 0
-        while index < len(self.running):
+        while index < len(self.running) and budget > 0:
             sequence = self.running[index]
             index += 1
-            if sequence.num_missing_tokens != 1:
-                continue  # a prompt: it has had its blocks since its admission
+            if sequence.num_missing_tokens != 1 or not _is_of(group, sequence):
+                continue  # a prompt has had its blocks since its admission
             while not self.blocks.extend(sequence):
                 victim = self.running[-1]  # sorted: the lowest priority, the newest
                 self._preempt(victim)
@@ -269,6 +282,13 @@ class Scheduler:
         self.waiting.add(sequence)
         self.num_preemptions += 1
 
+    def _preempt_background(self) -> bool:
+        """Make room for a client's sequence; whether there was one to take it from."""
+        victim = next((s for s in reversed(self.running) if s.is_background), None)
+        if victim is not None:
+            self._preempt(victim)
+        return victim is not None
+
     def _stop(self, sequence: Sequence) -> None:
         """Take a sequence out of the running ones and free what it holds."""
         self.running.remove(sequence)
@@ -286,7 +306,7 @@ class Scheduler:
             self._rows.release(sequence.adapter)
             sequence.lora_row = -1
 
-    def _rotate_rows(self, blocked: list[AdapterRef]) -> None:
+    def _rotate_rows(self, group: Group, blocked: list[AdapterRef]) -> None:
         """Start, keep or end a drain; `blocked` found no row in this step, in turn order."""
         drain = self._drain
         if drain is not None:
@@ -296,8 +316,20 @@ class Scheduler:
                 return
             self._drain = None
         if blocked and self._all_rows_in_use():
+            if group == "clients" and self._yield_row():
+                return
             candidates = (_Drain(ref, blocked[0]) for ref in self._row_since)
             self._drain = next(filter(self._may_drain, candidates), None)
+
+    def _yield_row(self) -> bool:
+        """Preempt all that runs on an adapter of the trainer's own; whether there was one."""
+        for ref in self._row_since:
+            sequences = [sequence for sequence in self.running if sequence.adapter == ref]
+            if all(sequence.is_background for sequence in sequences):
+                for sequence in sequences:
+                    self._preempt(sequence)
+                return True
+        return False
 
     def _may_drain(self, drain: _Drain) -> bool:
         """Whether somebody still waits for the row, and nobody more urgent for who has it."""
@@ -313,6 +345,10 @@ class Scheduler:
 
     def _is_resident(self, ref: AdapterRef) -> bool:
         return (ref.uid, ref.generation) in self._rows.resident
+
+
+def _is_of(group: Group, sequence: Sequence) -> bool:
+    return group == "all" or sequence.is_background == (group == "background")
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:

@@ -18,6 +18,9 @@ from engine.api import AdapterRef, GenerateRequest, SamplingParams, TokenLogprob
 if TYPE_CHECKING:
     from engine.grammar import GrammarMatcher
 
+BACKGROUND = 2**63
+"""Priority of the trainer's own requests, below any client's."""
+
 
 @dataclass(eq=False, slots=True)
 class Sequence:
@@ -77,6 +80,10 @@ class Sequence:
             seed=secrets.randbits(63) if params.seed is None else params.seed % 2**63,
             token_ids=list(request.prompt_token_ids),
         )
+
+    @property
+    def is_background(self) -> bool:
+        return self.request.priority >= BACKGROUND
 
     @property
     def request_id(self) -> str:

@@ -123,8 +123,8 @@ def serve(conn: Connection, engine: Engine, training: JobRunner) -> None:
             _handle(engine, training, command)
             timeout_s = 0.0
         has_run = _send_step(conn, engine, training)
-        for event in training.advance(has_streams=has_run):
-            conn.send(event)
+        for reply in training.advance(has_streams=has_run):
+            conn.send(reply)
 
 
 def _patience_s(engine: Engine, training: JobRunner, *, has_run: bool) -> float | None:
@@ -158,7 +158,7 @@ def _handle(engine: Engine, training: JobRunner, command: Command) -> None:
 
 def _send_step(conn: Connection, engine: Engine, training: JobRunner) -> bool:
     """Run one step and send what it has to say; whether it ran any token."""
-    output = training.take_rollouts(engine.step())
+    output = training.step()
     replies: list[Reply] = list(engine.adapters.take_replies())
     if output.deltas or output.stats.num_step_tokens or replies:
         conn.send(output)

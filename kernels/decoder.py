@@ -94,7 +94,7 @@ class Decoder(Protocol):
         Args:
             hidden:    [num_tokens, hidden_size], embedded tokens; not changed.
             cos, sin:  float32 [num_tokens, head_dim / 2].
-            kv_caches: (k_cache, v_cache) of each layer, and scales where they are 8-bit; written into.
+            kv_caches: (k_cache, v_cache) of each layer, then scales where 8-bit; written into.
 
         Returns:
             hidden's shape and dtype, or None where these tensors cannot be run.

@@ -264,9 +264,7 @@ def _attend(
     return acc.div_(running_sum)[..., :num_rows, :head_dim].to(rows.dtype)
 
 
-def _gather(
-    cache: Tensor, slots: Tensor, padded_head_dim: int, scales: Tensor | None
-) -> Tensor:
+def _gather(cache: Tensor, slots: Tensor, padded_head_dim: int, scales: Tensor | None) -> Tensor:
     """Read slots [num_seqs, KV_SPLIT]: float32 [num_seqs, num_kv_heads, KV_SPLIT, head_dim]."""
     num_kv_heads, head_dim = cache.shape[2:]
     if scales is None:

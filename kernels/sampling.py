@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.dispatch import check
+from kernels.dispatch import check, dispatch
 from kernels.truncation import NUM_MEMBERS, sum_columns, truncate
 
 GREEDY_BELOW = 1e-5
@@ -113,6 +113,12 @@ def apply_bitmask(logits: Tensor, rows: list[int], bitmask: Tensor) -> None:
     check(bitmask.dtype == torch.int32, "bitmask.dtype", torch.int32, bitmask.dtype)
     expected = (len(rows), num_words)
     check(bitmask.shape == expected, "bitmask.shape", expected, tuple(bitmask.shape))
+    dispatch("apply_bitmask", apply_bitmask_reference, logits, rows, bitmask)
+
+
+def apply_bitmask_reference(logits: Tensor, rows: list[int], bitmask: Tensor) -> None:
+    """apply_bitmask with numpy and PyTorch."""
+    vocab_size = logits.shape[1]
     packed = np.ascontiguousarray(bitmask.numpy()).view(np.uint8)
     bits = np.unpackbits(packed, axis=1, count=vocab_size, bitorder="little")
     is_forbidden = torch.from_numpy(bits == 0).to(logits.device)  # [len(rows), vocab_size]

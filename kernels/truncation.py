@@ -3,8 +3,9 @@
 Each rule keeps what is at least as likely as its last token, so equals are kept or dropped together
 and no order among them matters. On the CPU numpy ranks single rows, some 20 times as fast as a
 torch.sort of them all, and the native library finds top_p's another 10 times as fast; elsewhere the
-references run. All give the same bits.
-Public   truncate, sum_rows, sum_columns; kth_largest_reference, nucleus_floors_reference
+references run, or what is registered for the operation. All give the same bits.
+Public   truncate, sum_rows, sum_columns; truncate_reference, kth_largest_reference,
+         nucleus_floors_reference
 """
 
 from __future__ import annotations
@@ -27,6 +28,13 @@ def truncate(
     top_p: Tensor | None = None,
 ) -> None:
     """Steps 6 to 8: zero what may not be drawn, in place; draw's arguments."""
+    dispatch("truncate", truncate_reference, probs, min_p, top_k, top_p)
+
+
+def truncate_reference(
+    probs: Tensor, min_p: Tensor | None, top_k: Tensor | None, top_p: Tensor | None
+) -> None:
+    """truncate with numpy on the CPU, in plain PyTorch elsewhere."""
     if min_p is not None or top_k is not None:
         _drop_below(probs, _floors(probs, min_p, top_k))
     if top_p is not None:

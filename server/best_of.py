@@ -7,14 +7,19 @@ names a "reward_adapter", what that one scores highest, on the same base.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-from server.prompts import ChatJob
+from server.message_schemas import Message
 from server.schemas import ChatCompletionRequest, GenerationRequest
-from server.scoring import conversation_tokens, lease_reward_adapter, score_prompts, text_tokens
+from server.scoring import (
+    completion_tokens,
+    conversation_tokens,
+    lease_reward_adapter,
+    score_prompts,
+)
 from server.state import Lease, ServerState
 
 
@@ -44,35 +49,35 @@ class Judge:
     lease: Lease
     priority: int | None
 
-    async def score_answers(
-        self, body: ChatCompletionRequest, chat: ChatJob, texts: Sequence[str]
-    ) -> list[float]:
+    async def score_answers(self, body: ChatCompletionRequest, texts: Sequence[str]) -> list[float]:
         """One score per answer to a conversation.
 
         Raises:
             ApiError: the adapter has no chat template, or the engine failed.
         """
-        tools = chat.plan.template_kwargs.get("tools")
+        messages, begun = list(body.messages), ""
+        if body.continue_final_message:
+            begun = messages.pop().text()
+        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
 
         def tokens(text: str) -> list[int]:
-            messages: list[dict[str, Any]] = list(chat.plan.messages)
-            if body.continue_final_message:
-                text = messages.pop()["content"] + text
-            messages.append({"role": "assistant", "content": text})
-            return conversation_tokens(messages, self.state, self.lease, tools=tools)
+            answer = Message(role="assistant", content=begun + text)
+            return conversation_tokens([*messages, answer], self.state, self.lease, tools=tools)
 
-        return await self._score(tokens, texts)
+        return await self._score([functools.partial(tokens, text) for text in texts])
 
-    async def score_texts(self, texts: Sequence[str]) -> list[float]:
-        """One score per text: a prompt with its completion.
+    async def score_completions(self, texts: Sequence[tuple[str, str]]) -> list[float]:
+        """One score per prompt and completion.
 
         Raises:
             ApiError: the engine failed.
         """
-        return await self._score(lambda text: text_tokens(text, self.state, "prompt"), texts)
+        return await self._score(
+            [functools.partial(completion_tokens, *text, self.state) for text in texts]
+        )
 
-    async def _score(self, tokens: Callable[[str], list[int]], texts: Sequence[str]) -> list[float]:
-        # A candidate may fill the model's whole length; what its template puts behind it may not.
+    async def _score(self, candidates: Sequence[Callable[[], list[int]]]) -> list[float]:
+        # A candidate may fill the model's whole length; with the end token it must not.
         longest = self.state.info().max_model_len - 1
-        prompts = await asyncio.to_thread(lambda: [tokens(text)[:longest] for text in texts])
+        prompts = await asyncio.to_thread(lambda: [tokens()[:longest] for tokens in candidates])
         return await score_prompts(self.state, self.lease, prompts, priority=self.priority)

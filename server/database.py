@@ -1,10 +1,8 @@
-"""The database: tables, and transactions that wait for a lock instead of failing.
+"""The database: transactions that wait for a lock instead of failing, in threads of their own.
 
 Any SQLAlchemy URL; SQLite in the data folder by default. A transaction is a function of a
 connection: it may run again where another one was in its way, so it must do nothing but read and
-write rows. Rows are plain: every table has a growing `number`, which is the order of its rows.
-
-Public   Database, the tables, insert, select_one, select_page
+write rows.
 """
 
 from __future__ import annotations
@@ -21,144 +19,16 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from engine.errors import EngineError
+from engine.errors import EngineError, RequestError
+from server.tables import VERSION, about, metadata
 
 T = TypeVar("T")
-VERSION = 1
-"""Of the tables below; another number in the database is refused."""
 LOCK_TIMEOUT_S = 5.0
 """How long a statement waits for another program's lock on an SQLite file."""
 MAX_TRIES = 4
 NUM_THREADS = 4
 """Of the database's own: one that waits for a lock must not keep others from tokenising."""
 _CONFLICTS = ("40001", "40P01")  # serialisation failure, deadlock
-
-metadata = sa.MetaData()
-
-
-def _number() -> sa.Column[int]:
-    # SQLite counts upwards by itself only in a column of this very type.
-    kind = sa.BigInteger().with_variant(sa.Integer, "sqlite")
-    return sa.Column("number", kind, primary_key=True, autoincrement=True)
-
-
-def _id() -> sa.Column[str]:
-    return sa.Column("id", sa.String(80), unique=True, nullable=False)
-
-
-def _created_at() -> sa.Column[int]:
-    """Unix time."""
-    return sa.Column("created_at", sa.BigInteger, nullable=False)
-
-
-def _json(name: str) -> sa.Column[Any]:
-    return sa.Column(name, sa.JSON(none_as_null=True))
-
-
-files = sa.Table(
-    "files",
-    metadata,
-    _number(),
-    _id(),
-    _created_at(),
-    sa.Column("expires_at", sa.BigInteger, index=True),
-    sa.Column("filename", sa.Text, nullable=False),
-    sa.Column("purpose", sa.String(40), nullable=False),
-    sa.Column("bytes", sa.BigInteger, nullable=False),
-)
-"""The bytes lie in the data folder, files/<id>."""
-
-jobs = sa.Table(
-    "jobs",
-    metadata,
-    _number(),
-    _id(),
-    _created_at(),
-    sa.Column("finished_at", sa.BigInteger),
-    sa.Column("status", sa.String(20), nullable=False, index=True),
-    sa.Column("is_paused", sa.Boolean, nullable=False, default=False),
-    sa.Column("base_fingerprint", sa.String(80), nullable=False),
-    sa.Column("model", sa.Text, nullable=False),
-    sa.Column("reward_model", sa.Text),
-    sa.Column("method", sa.String(20), nullable=False),
-    sa.Column("suffix", sa.String(64)),
-    sa.Column("seed", sa.BigInteger, nullable=False),
-    sa.Column("training_file", sa.String(80), nullable=False),
-    sa.Column("validation_file", sa.String(80)),
-    _json("hyperparameters"),
-    _json("config"),
-    _json("metadata"),
-    _json("integrations"),
-    sa.Column("model_name", sa.String(160), unique=True, nullable=False),
-    sa.Column("path", sa.Text),
-    sa.Column("result_file", sa.String(80)),
-    sa.Column("step", sa.BigInteger, nullable=False, default=0),
-    sa.Column("num_steps", sa.BigInteger),
-    sa.Column("trained_tokens", sa.BigInteger),
-    sa.Column("estimated_finish", sa.BigInteger),
-    sa.Column("num_deaths", sa.Integer, nullable=False, default=0),
-    _json("error"),
-)
-
-events = sa.Table(
-    "events",
-    metadata,
-    _number(),
-    _id(),
-    _created_at(),
-    sa.Column("job_id", sa.String(80), nullable=False, index=True),
-    sa.Column("level", sa.String(10), nullable=False),
-    sa.Column("type", sa.String(10), nullable=False),
-    sa.Column("message", sa.Text, nullable=False),
-    sa.Column("step", sa.BigInteger),
-    _json("data"),
-)
-
-checkpoints = sa.Table(
-    "checkpoints",
-    metadata,
-    _number(),
-    _id(),
-    _created_at(),
-    sa.Column("job_id", sa.String(80), nullable=False, index=True),
-    sa.Column("step", sa.BigInteger, nullable=False),
-    sa.Column("model", sa.String(160), nullable=False, unique=True),
-    sa.Column("path", sa.Text, nullable=False),
-    _json("metrics"),
-)
-
-feedback = sa.Table(
-    "feedback",
-    metadata,
-    _number(),
-    _id(),
-    _created_at(),
-    sa.Column("response_id", sa.String(80), nullable=False, index=True),
-    sa.Column("choice", sa.Integer, nullable=False, default=0),
-    sa.Column("model", sa.Text, nullable=False),
-    sa.Column("generation", sa.BigInteger),
-    sa.Column("rating", sa.String(10)),
-    sa.Column("comment", sa.Text),
-    _json("prompt"),
-    sa.Column("answer", sa.Text, nullable=False),
-    sa.Column("preferred", sa.Text),
-)
-"""One judgement of one answer, with all that is needed to learn from it."""
-
-responses = sa.Table(
-    "responses",
-    metadata,
-    _number(),
-    _id(),
-    _created_at(),
-    sa.Column("model", sa.Text, nullable=False),
-    sa.Column("generation", sa.BigInteger),
-    _json("prompt"),
-    _json("answers"),
-)
-"""Answers that may still be judged, where they are kept on disk."""
-
-_about = sa.Table("about", metadata, sa.Column("version", sa.Integer, nullable=False))
 
 
 class DatabaseError(EngineError):
@@ -222,6 +92,7 @@ class Database:
         Raises:
             DatabaseError: another program holds it, or it is not there.
             StorageFull: no room on the disk.
+            RequestError: it cannot hold such a value.
         """
         return await self._in_thread(work, writes=True)
 
@@ -262,6 +133,8 @@ class Database:
 
     def _named(self, error: sa.exc.DBAPIError) -> EngineError:
         text = " ".join(str(error.orig).split()) or type(error.orig).__name__
+        if isinstance(error, sa.exc.DataError):  # PostgreSQL's texts have no zero bytes
+            return RequestError(f"The database cannot hold this: {text}.")
         if getattr(error.orig, "sqlstate", None) == "53100" or "disk is full" in text:
             return StorageFull(
                 f"The disk of the database {self._url} is full. Make room and try again."
@@ -270,57 +143,14 @@ class Database:
 
     def _make_tables(self, connection: sa.Connection) -> None:
         metadata.create_all(connection)
-        version = connection.execute(sa.select(_about.c.version)).scalar()
+        version = connection.execute(sa.select(about.c.version)).scalar()
         if version is None:
-            connection.execute(_about.insert().values(version=VERSION))
+            connection.execute(about.insert().values(version=VERSION))
         elif version != VERSION:
             raise DatabaseError(
                 f"The database {self._url} has tables of version {version}, this server knows "
                 f"version {VERSION}. Use another --database or --data-dir."
             )
-
-
-def insert(connection: sa.Connection, table: sa.Table, **values: object) -> None:
-    """Add one row."""
-    connection.execute(table.insert().values(**values))
-
-
-def select_page(
-    connection: sa.Connection,
-    table: sa.Table,
-    *conditions: sa.ColumnElement[bool],
-    after: str | None,
-    limit: int,
-    newest_first: bool = True,
-) -> tuple[list[dict[str, Any]], bool]:
-    """A page of a list: rows, and whether there are more.
-
-    Args:
-        after: id of the row before the page; None is the list's beginning.
-        newest_first: order of the list.
-
-    Raises:
-        LookupError: `after` is not in the list.
-    """
-    query = sa.select(table).where(*conditions)
-    if after is not None:
-        last = connection.execute(
-            sa.select(table.c.number).where(table.c.id == after, *conditions)
-        ).scalar()
-        if last is None:
-            raise LookupError(after)
-        query = query.where(table.c.number < last if newest_first else table.c.number > last)
-    order = table.c.number.desc() if newest_first else table.c.number.asc()
-    rows = connection.execute(query.order_by(order).limit(limit + 1)).mappings().all()
-    return [dict(row) for row in rows[:limit]], len(rows) > limit
-
-
-def select_one(
-    connection: sa.Connection, table: sa.Table, *conditions: sa.ColumnElement[bool]
-) -> dict[str, Any] | None:
-    """The row that meets the conditions."""
-    row = connection.execute(sa.select(table).where(*conditions)).mappings().first()
-    return dict(row) if row is not None else None
 
 
 def _engine_options(url: str, lock_timeout_s: float) -> dict[str, Any]:

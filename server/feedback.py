@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from server.database import Database, feedback, insert, select_one, select_page
+from server.database import Database
 from server.errors import ApiError, bad_request
 from server.feedback_samples import SAMPLES, Format
 from server.files import FileRecord, Files
+from server.tables import feedback, insert, select_one, select_page
 
 MAX_REMEMBERED = 2000
 MAX_REMEMBERED_CHARS = 32 * 1024 * 1024
@@ -100,7 +101,10 @@ class Feedback:
                 insert(connection, feedback, **new, **changes)
             return select_one(connection, feedback, is_same)
 
-        row = await self._database.write(write)
+        try:
+            row = await self._database.write(write)
+        except sa.exc.IntegrityError:  # another judgement of the same answer was quicker
+            row = await self._database.write(write)
         if row is None:
             raise self._unknown(response_id, choice)
         return row

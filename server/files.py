@@ -18,8 +18,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from server.data_folder import UNFINISHED, DataFolder
-from server.database import Database, files, insert, select_one, select_page
+from server.database import Database
 from server.errors import ApiError
+from server.tables import files, insert, select_one, select_page
 from server.uploads import disk_error
 
 MAX_FILENAME_CHARS = 255

@@ -19,9 +19,9 @@ from engine.api import (
     TrainingProgress,
     TrainingStarted,
 )
-from server.database import checkpoints, insert
 from server.hyperparameters import config_to_json
 from server.job_store import Job, add_event, change_job, forget_steps, new_id
+from server.tables import checkpoints, insert
 
 CHECKPOINT = ":ckpt-step-"
 """Between a model's name and the step of one of its checkpoints."""

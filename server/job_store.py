@@ -16,8 +16,8 @@ from typing import Any, Literal
 import sqlalchemy as sa
 
 from engine.api import ErrorInfo
-from server.database import checkpoints, events, insert, jobs, select_one
 from server.hyperparameters import config_from_json, shown
+from server.tables import checkpoints, events, insert, jobs, select_one
 
 Status = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
 ENDED = ("succeeded", "failed", "cancelled")

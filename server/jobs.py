@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
-import re
-import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,28 +17,23 @@ import sqlalchemy as sa
 from adapters.registry import AdapterRecord
 from engine.api import EngineInfo
 from engine.errors import EngineError
-from server.database import checkpoints, events, insert, jobs, select_page
 from server.errors import ApiError, bad_request
-from server.fine_tuning_schemas import CreateJobRequest, ReinforcementMethod
-from server.hyperparameters import config_to_json, train_config
-from server.job_checks import check_file, check_reward_model, fit_config
-from server.job_data import REWARD, START, Workshop, freeze_adapter, remove_data, save_template
+from server.fine_tuning_schemas import CreateJobRequest
+from server.job_creation import create_job
+from server.job_data import Workshop, remove_data
 from server.job_runner import JobRunner
 from server.job_store import (
     ENDED,
-    ORGANIZATION,
     Job,
     add_event,
     change_job,
     end_job,
     get_job,
-    new_id,
     published_models,
 )
-from server.metric_sinks import check_integrations
+from server.tables import checkpoints, events, jobs, select_page
 
 HOUSEKEEPING_S = 600.0
-MAX_BASE_CHARS = 24
 
 
 class Jobs:
@@ -87,57 +78,7 @@ class Jobs:
             ApiError, EngineError: it cannot be run as it is.
         """
         self._check_charge()
-        shop, method = self.shop, body.chosen_method()
-        seed = body.seed if body.seed is not None else random.SystemRandom().randrange(2**31)
-        config, _ = train_config(method.type, method.hyperparameters(), seed=seed)
-        config = fit_config(
-            config,
-            method.hyperparameters(),
-            path=f"method.{method.type}.hyperparameters",
-            start=model,
-            info=info,
-            max_lora_rank=shop.max_lora_rank,
-        )
-        reward = await self._reward_model(method.reinforcement)
-        for param in ("training_file", "validation_file"):
-            await check_file(shop.files, getattr(body, param), param)
-        integrations = [item.model_dump() for item in body.integrations or []]
-        check_integrations(integrations)
-        job_id = new_id("ftjob")
-        values = {
-            "id": job_id,
-            "created_at": int(time.time()),
-            "status": "validating_files",
-            "is_paused": False,
-            "base_fingerprint": info.base_fingerprint,
-            "model": body.model,
-            "reward_model": reward.name if reward is not None else None,
-            "method": method.type,
-            "suffix": body.suffix,
-            "seed": seed,
-            "training_file": body.training_file,
-            "validation_file": body.validation_file,
-            "hyperparameters": method.hyperparameters(),
-            "config": config_to_json(config),
-            "metadata": body.metadata,
-            "integrations": integrations,
-            "model_name": model_name(shop.model_names[0], body.suffix, job_id),
-            "step": 0,
-            "num_deaths": 0,
-        }
-
-        def work(connection: sa.Connection) -> None:
-            insert(connection, jobs, **values)
-            add_event(connection, job_id, f"Created fine-tuning job: {job_id}")
-            add_event(connection, job_id, f"Validating training file: {body.training_file}")
-
-        folder = shop.folder.job(job_id)
-        try:
-            await self._freeze(folder, model, reward)
-            await shop.database.write(work)
-        except BaseException:
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-            raise
+        job_id = await create_job(self.shop, body, model, info)
         self.runner.wake()
         return await self.get(job_id)
 
@@ -284,38 +225,9 @@ class Jobs:
                 code="jobs_elsewhere",
             )
 
-    async def _reward_model(self, method: ReinforcementMethod | None) -> AdapterRecord | None:
-        if method is None:
-            return None
-        name, adapters = method.grader.model or "", self.shop.adapters
-        await adapters.wake(name)
-        record = adapters.registry.resolve(name) if name in adapters.registry.names() else None
-        return check_reward_model(record, name, "method.reinforcement.grader.model")
-
-    async def _freeze(
-        self, folder: Path, start: AdapterRecord | None, reward: AdapterRecord | None
-    ) -> None:
-        """Copy what the job names into its folder, while nobody can take it away."""
-        registry = self.shop.adapters.registry
-        for part, record in ((START, start), (REWARD, reward)):
-            if record is not None:
-                ref = registry.acquire(record.name)
-                try:
-                    await asyncio.to_thread(freeze_adapter, Path(ref.path), folder, part)
-                finally:
-                    registry.release(ref)
-        await asyncio.to_thread(save_template, self.shop, start, folder)
-
     async def _keep_house(self) -> None:
         while True:
             await asyncio.to_thread(self.shop.folder.remove_unfinished)
             with contextlib.suppress(EngineError, OSError):  # another time
                 await self.shop.files.remove_expired()
             await asyncio.sleep(HOUSEKEEPING_S)
-
-
-def model_name(base: str, suffix: str | None, job_id: str) -> str:
-    """What a job's result is called: ft:base:organization:suffix:id, of characters that names of
-    adapters may have."""
-    parts = (base[:MAX_BASE_CHARS], ORGANIZATION, suffix or "", job_id[-8:])
-    return "ft:" + ":".join(re.sub(r"[^A-Za-z0-9._-]", "-", part) for part in parts)

@@ -1,7 +1,8 @@
 """Scores of texts and conversations by a reward adapter; one sequence each, all run together.
 
-Public   lease_reward_adapter, text_tokens, conversation_tokens, score_prompts
-Notable  a conversation is scored as its reward adapter's own template writes it, whoever answered.
+Public   lease_reward_adapter, text_tokens, completion_tokens, conversation_tokens, score_prompts
+Notable  a conversation is scored as its reward adapter's own template writes it, whoever answered,
+         and with the end token: the very tokens of which training makes pairs.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ from contextlib import aclosing
 from typing import Any
 
 from engine.api import GenerateRequest, SamplingParams
+from server.chat_template import ChatTemplate
+from server.datasets.problems import BadRecord
+from server.datasets.served_model import ServedModel, served_model, template_input
+from server.datasets.turns import plain_turn, scored_conversation
 from server.errors import ApiError, bad_request, from_engine
 from server.generation import closable
-from server.prompts import chat_tokens, template_for
+from server.message_schemas import Message
+from server.prompts import chat_tokens, template_for, template_messages
 from server.sampling import check_text
 from server.state import Lease, ServerState
 
@@ -58,27 +64,64 @@ def text_tokens(text: str, state: ServerState, param: str = "input") -> list[int
     return state.tokenizer.encode(text, add_special_tokens=True)
 
 
+def completion_tokens(prompt: str, completion: str, state: ServerState) -> list[int]:
+    """A prompt with what continues it, and the end token, as reward adapters see them in training.
+
+    Raises:
+        ApiError: 400, it is far too long.
+    """
+    try:
+        prompt_ids, answer_ids = plain_turn(_served(state, None), prompt, completion)
+    except BadRecord:  # an empty completion
+        return text_tokens(prompt + completion, state, "prompt")
+    return prompt_ids + answer_ids
+
+
 def conversation_tokens(
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[Message],
     state: ServerState,
     lease: Lease,
     *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[dict[str, Any]] = (),
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """A conversation, as plain messages, whose last answer is to be judged.
+    """A conversation whose last answer is to be judged, as reward adapters see it in training.
+
+    Args:
+        template_kwargs: more arguments of the template; training has none.
 
     Raises:
         ApiError: 400, there is no template, it refuses the messages, or they are far too long.
     """
     assert lease.adapter is not None
-    return chat_tokens(
-        messages,
-        template_for(state, lease.adapter, lease.adapter.name),
-        state,
-        tools=tools,
-        add_generation_prompt=False,
-        template_kwargs=template_kwargs,
+    template = template_for(state, lease.adapter, lease.adapter.name)
+    check_text(
+        "".join(message.text() for message in messages), state.tokenizer, state.info(), "messages"
+    )
+    if template_kwargs:
+        return chat_tokens(
+            template_messages(messages, template),
+            template,
+            state,
+            tools=tools,
+            add_generation_prompt=False,
+            template_kwargs=template_kwargs,
+        )
+    try:
+        given = template_input(template, messages, tools)
+        return scored_conversation(_served(state, template), given)
+    except BadRecord as error:
+        raise bad_request(str(error), "messages", "chat_template_error") from error
+
+
+def _served(state: ServerState, template: ChatTemplate | None) -> ServedModel:
+    info = state.info()
+    return served_model(
+        tokenizer=state.tokenizer,
+        template=template,
+        eos_token_ids=info.eos_token_ids,
+        vocab_size=info.vocab_size,
+        max_seq_len=info.max_model_len,
     )
 
 

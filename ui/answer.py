@@ -12,7 +12,8 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
-from ui.client import ApiError, Client, Piece, Sampling
+from ui.api_types import ApiError, Piece, Sampling
+from ui.client import Client
 
 DRAW_INTERVAL_S = 0.05
 WAIT_INTERVAL_S = 1.0

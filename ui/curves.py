@@ -53,8 +53,9 @@ def chart(title: str, series: Sequence[Series]) -> str:
         parts.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" class="value">{tick:g}</text>')
     for step, anchor in {first: "start", max(steps): "end"}.items():
+        name = f"step {step:g}" if step == first else f"{step:g}"
         parts.append(
-            f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{step:g}</text>'
+            f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{name}</text>'
         )
     legend = []
     for one, colour in zip(shown, COLOURS, strict=False):

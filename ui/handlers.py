@@ -18,7 +18,8 @@ from gradio.components import Component
 
 from ui import conversation as talk
 from ui.answer import Answer, Question, answer_together
-from ui.client import Client, Sampling, Visitor
+from ui.api_types import Sampling, Visitor
+from ui.client import Client
 from ui.conversation import History
 
 Values = dict[Component, Any]

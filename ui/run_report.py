@@ -38,7 +38,8 @@ def status_html(job: Job | None, history: History | None) -> str:
     if job is None or history is None:
         return f'<p class="herd-run">{INTRODUCTION}</p>'
     if job.status == "failed":
-        return error_html(job.error or "The run failed.") + _notes(history.notes)
+        reason = job.error or "The run failed."
+        return error_html(reason) + _notes([note for note in history.notes if note not in reason])
     share = 100 if job.status == "succeeded" else 0
     if job.num_steps and job.status != "succeeded":
         share = min(round(100 * job.step / job.num_steps), 100)

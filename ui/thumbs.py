@@ -12,7 +12,8 @@ from typing import Any, cast
 import gradio as gr
 
 from ui import conversation as talk
-from ui.client import ApiError, Client, Visitor
+from ui.api_types import ApiError, Visitor
+from ui.client import Client
 from ui.conversation import History, Message
 from ui.handlers import Updates, Values, View, visitor_of
 

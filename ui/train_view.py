@@ -33,11 +33,11 @@ def make_train_view() -> TrainView:
                 cancel = gr.Button("Cancel", size="sm", min_width=80, visible=False)
             charts = gr.HTML(elem_id="herd-charts")
     with gr.Column(visible=False, elem_id="herd-comparison") as comparison:
-        gr.HTML("<h2>Ask both: before and after</h2>", padding=False)
-        talk = make_view("Before", "After")
+        place = gr.HTML(padding=False)
         with gr.Row(elem_classes="herd-buttons"):
             put_in_place = gr.Button("Use it", size="sm", min_width=120, variant="primary")
             roll_back = gr.Button("Roll back", size="sm", min_width=120)
+        talk = make_view("Before", "After")
     return TrainView(
         form=form,
         run=run,
@@ -47,6 +47,7 @@ def make_train_view() -> TrainView:
         cancel=cancel,
         charts=charts,
         comparison=comparison,
+        place=place,
         talk=talk,
         put_in_place=put_in_place,
         roll_back=roll_back,

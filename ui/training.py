@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import gradio as gr
 
-from ui.client import ApiError, Client, Visitor
+from ui.api_types import ApiError, Visitor
+from ui.client import Client
 from ui.handlers import Updates, Values, View, visitor_of
 from ui.run_report import charts_html, error_html, status_html
 from ui.training_api import Adapter, Job, Runs
@@ -30,6 +32,8 @@ class TrainView:
     cancel: gr.Button
     charts: gr.HTML
     comparison: gr.Column
+    place: gr.HTML
+    """Says what is compared, and which generation answers under the old name."""
     talk: View
     """Before and after, side by side."""
     put_in_place: gr.Button
@@ -40,7 +44,7 @@ class TrainView:
     def watched(self) -> list[Any]:
         """What shows a run."""
         buttons = [self.pause, self.resume, self.cancel, self.put_in_place, self.roll_back]
-        shown = [self.run, self.status, self.charts, self.comparison, self.timer]
+        shown = [self.run, self.status, self.charts, self.comparison, self.place, self.timer]
         return [*shown, *buttons, *self.talk.pickers]
 
 
@@ -59,17 +63,17 @@ class Training:
         visitor, view, form = visitor_of(request, self.api_key), self.view, self.view.form
         try:
             data = await self._data(visitor)
-            adapters = await self.runs.adapters(visitor)
             cards = await self.client.models(visitor.key)
             jobs = await self.runs.jobs(visitor)
         except ApiError as error:
             return self._failed(error)
         files = [(title, name) for title, name in data if not name.startswith(FEEDBACK)]
-        starts = [(adapter.name, adapter.name) for adapter in adapters if not adapter.scores]
+        judges = [(card.name, card.name) for card in cards if card.scores]
+        # Adapters first: what starts from one goes on chatting as it does.
+        starts = [(card.name, card.name) for card in cards if card.parent and not card.scores]
         starts += [
-            (f"{card.name} (a fresh adapter)", card.name) for card in cards if card.parent is None
+            (f"{card.name} (a fresh adapter)", card.name) for card in cards if not card.parent
         ]
-        judges = [(adapter.name, adapter.name) for adapter in adapters if adapter.scores]
         updates: Updates = {
             form.data: _choices(data, values[form.data]),
             form.validation: gr.update(choices=[("none", ""), *files]),
@@ -188,6 +192,7 @@ class Training:
             view.cancel: gr.update(visible=not job.has_ended),
             view.timer: gr.update(active=not job.has_ended and not job.is_paused),
             view.comparison: gr.update(visible=can_chat),
+            view.place: _place_html(job, place),
             view.put_in_place: gr.update(
                 visible=can_chat and place is not None, value=f"Use it as {job.model}"
             ),
@@ -217,13 +222,13 @@ class Training:
         """What can be learnt from: collected feedback where there is any, and files."""
         counts = await self.runs.feedback(visitor)
         titles = {
-            "supervised": "good answers",
-            "preference": "pairs of a better and a worse answer",
+            "supervised": ("good answer", "good answers"),
+            "preference": ("pair of answers", "pairs of answers"),
         }
         collected = [
-            (f"Collected feedback: {counts[kind]} {title}", FEEDBACK + kind)
-            for kind, title in titles.items()
-            if counts[kind]
+            (f"Collected feedback: {count} {titles[kind][count > 1]}", FEEDBACK + kind)
+            for kind, count in counts.items()
+            if count
         ]
         return collected + [(file.title, file.id) for file in await self.runs.files(visitor)]
 
@@ -240,6 +245,14 @@ def _choices(choices: Sequence[tuple[str, str]], chosen: str | None) -> Any:
     names = [name for _, name in choices]
     first = names[0] if names else None
     return gr.update(choices=list(choices), value=chosen if chosen in names else first)
+
+
+def _place_html(job: Job, place: Adapter | None) -> str:
+    """What the comparison is about."""
+    text = "Ask both, and see what the training has changed."
+    if place is not None:
+        text += f" <b>{escape(job.model)}</b> answers in generation {place.generation}."
+    return f"<h2>Before and after</h2><p>{text}</p>"
 
 
 def _has_older(adapter: Adapter | None) -> bool:

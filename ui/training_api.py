@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
-from ui.client import ApiError, Client, Visitor
+from ui.api_types import ApiError, Visitor
+from ui.client import Client
 
 MAX_FILES = 100
 MAX_JOBS = 50

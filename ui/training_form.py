@@ -33,6 +33,8 @@ METHODS = {
     ),
 }
 """By the API's name: what it does, and what it takes."""
+OF_PAIRS = ("dpo", "reward")
+"""Methods that learn from pairs."""
 NUMBERS = {
     "n_epochs": "Passes over the data",
     "batch_size": "Samples per step",
@@ -71,7 +73,7 @@ class Form:
         kind = str(values[self.data] or "").removeprefix(FEEDBACK)
         if kind == "supervised":
             return self.choose_method({self.method: kind})
-        if kind == "preference" and values[self.method] not in ("dpo", "reward"):
+        if kind == "preference" and values[self.method] not in OF_PAIRS:
             return self.choose_method({self.method: "dpo"})
         return self.choose_method(values)
 
@@ -95,6 +97,9 @@ class Form:
                 "Choose what to learn from: upload a file, or give some answers in the chat thumbs "
                 "up or down."
             )
+        if values[self.data] == f"{FEEDBACK}preference" and method not in OF_PAIRS:
+            titles = " or ".join(f"'{METHODS[name][0]}'" for name in OF_PAIRS)
+            raise ValueError(f"Pairs of a better and a worse answer are for {titles}.")
         if not values[self.start_from]:
             raise ValueError("There is no model yet: wait until the server is ready.")
         chosen = {name: (values[box] or "").strip() for name, box in self.numbers.items()}

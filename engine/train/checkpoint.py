@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from engine.errors import EngineError
 from engine.lora import LoraWeights
 from engine.train.config import TrainConfig
 
@@ -230,37 +229,3 @@ def _synchronise(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def check_same_run(state: TrainerState, other: TrainerState, folder: Path) -> None:
-    """Refuse to go on with other settings than those that a checkpoint was made with.
-
-    Raises:
-        EngineError: they differ in something that would make it another run.
-    """
-    problems = []
-    if state.base_fingerprint != other.base_fingerprint:
-        problems.append("the base model is another")
-    if state.data_digest != other.data_digest:
-        problems.append("the training data are others")
-    for name in _names_that_matter():
-        was, now = getattr(state.config, name), getattr(other.config, name)
-        if was != now:
-            problems.append(f"{name} was {was!r} and is now {now!r}")
-    if problems:
-        raise EngineError(
-            f"{folder} holds checkpoints of another run: " + "; ".join(problems) + ". Go on with "
-            "the same settings, or use another folder."
-        )
-
-
-MAY_CHANGE = (
-    "num_epochs", "max_steps", "micro_batch_tokens", "paged", "eval_every_steps",
-    "save_every_steps", "keep_checkpoints", "early_stopping_patience",
-)  # fmt: skip
-"""What a resumed job may set anew."""
-
-
-def _names_that_matter() -> Iterable[str]:
-    names = (field.name for field in dataclasses.fields(TrainConfig))
-    return (name for name in names if name not in MAY_CHANGE)

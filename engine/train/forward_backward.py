@@ -1,15 +1,17 @@
 """One micro-batch through the layers and back, in slices, so that others may run in between.
 
-Forward keeps the input of each layer and nothing else; backward takes the layers in reverse and
-computes one of them again, this time with a graph. (Gradient checkpointing as the loop's shape.)
-Of the graph, only one layer's exists at a time. No context manager is held across a yield: whether
-gradients are recorded is the thread's state, and the thread is the server's.
+Forward keeps the input of each layer; backward takes the layers in reverse and computes one of them
+again, this time with a graph. (Gradient checkpointing as the loop's shape.) As many of the last
+layers as a few hundred megabytes hold keep their graph from the forward pass and are spared that.
+No context manager is held across a yield: whether gradients are recorded is the thread's state, and
+the thread is the server's.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Generator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +21,13 @@ from engine.model import CausalLM
 from engine.train.adapter import TrainableAdapter
 from engine.train.batch import StepResult, TokenBatch
 from engine.train.head import HeadResult, run_head
-from engine.train.layer import TokenContext, attention_half, mlp_half, token_context
+from engine.train.layer import (
+    TokenContext,
+    activation_bytes,
+    attention_half,
+    mlp_half,
+    token_context,
+)
 from engine.train.noise import noise_seed, uniform_noise
 from engine.train.objectives import (
     Metrics,
@@ -32,6 +40,20 @@ from engine.train.objectives import (
 from engine.train.pointwise import rms_norm
 from engine.train.updates import Updates, fixed_updates, training_updates
 
+KEPT_BYTES = 512 << 20
+"""Of activations that need not be computed again."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerGraph:
+    """One layer as autograd recorded it, in two halves; [num_tokens, hidden_size] each."""
+
+    before: Tensor
+    between: Tensor
+    middle: Tensor
+    """between's values, where the MLP's half begins."""
+    after: Tensor
+
 
 def forward_backward(
     model: CausalLM,
@@ -41,6 +63,7 @@ def forward_backward(
     *,
     denominator: float,
     seed: int,
+    kept_bytes: int = KEPT_BYTES,
 ) -> Generator[None, None, StepResult]:
     """Add a micro-batch's gradients to the adapter's.
 
@@ -55,6 +78,7 @@ def forward_backward(
         denominator: the effective batch's: the sum of denominator_of over its micro-batches.
         seed:        of this micro-batch's dropout and noise: noise_seed(config.seed, step,
                      micro_batch) of engine/train/noise.py. The same seed gives the same masks.
+        kept_bytes:  memory for activations kept instead of computed again; it changes no bit.
 
     Returns:
         The loss before the update and the objective's metrics.
@@ -64,15 +88,16 @@ def forward_backward(
     updates = training_updates(adapter, seed=seed, denominator=denominator)
     context = token_context(model, batch)
     hidden = _embed(model, batch, adapter.config.neftune_alpha, seed)
-    inputs: list[Tensor] = []
-    hidden = yield from _forward(model, hidden, context, updates, inputs)
+    num_kept = kept_bytes // activation_bytes(model, batch, updates)
+    saved: list[Tensor | LayerGraph] = []
+    hidden = yield from _forward(model, hidden, context, updates, saved, num_kept)
     if objective.method == "reward":
         loss, metrics, grad = _score_gradient(model, adapter, batch, hidden, updates.grad_scale)
     else:
         loss, metrics, grad = yield from _token_gradient(model, batch, objective, hidden, reference)
     del hidden
     yield
-    yield from _backward(model, inputs, grad, context, updates)
+    yield from _backward(model, saved, grad, context, updates)
     return _result(objective, batch, loss, metrics)
 
 
@@ -128,7 +153,7 @@ def _run(model: CausalLM, batch: TokenBatch, updates: Updates) -> Generator[None
     """Forward alone: the residual stream after the last layer."""
     context = token_context(model, batch)
     hidden = _embed(model, batch, 0.0, 0)
-    return (yield from _forward(model, hidden, context, updates, None))
+    return (yield from _forward(model, hidden, context, updates))
 
 
 def _embed(model: CausalLM, batch: TokenBatch, neftune_alpha: float, seed: int) -> Tensor:
@@ -151,12 +176,20 @@ def _forward(
     hidden: Tensor,
     context: TokenContext,
     updates: Updates,
-    inputs: list[Tensor] | None,
+    saved: list[Tensor | LayerGraph] | None = None,
+    num_kept: int = 0,
 ) -> Generator[None, None, Tensor]:
-    """The residual stream after the last layer; each layer's input is added to inputs."""
+    """The residual stream after the last layer. Where something is to be saved: the graphs of the
+    last num_kept layers, the inputs of those below.
+    """
     for index in range(model.spec.num_layers):
-        if inputs is not None:
-            inputs.append(hidden)
+        if saved is not None and index >= model.spec.num_layers - num_kept:
+            graph = yield from _record(model, index, hidden, context, updates)
+            saved.append(graph)
+            hidden = graph.after.detach()
+            continue
+        if saved is not None:
+            saved.append(hidden)
         with torch.no_grad():
             hidden = attention_half(model, index, hidden, context, updates)
         yield
@@ -166,9 +199,24 @@ def _forward(
     return hidden
 
 
+def _record(
+    model: CausalLM, index: int, hidden: Tensor, context: TokenContext, updates: Updates
+) -> Generator[None, None, LayerGraph]:
+    """Run a layer with a graph."""
+    before = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        between = attention_half(model, index, before, context, updates)
+    yield
+    middle = between.detach().requires_grad_()
+    with torch.enable_grad():
+        after = mlp_half(model, index, middle, updates)
+    yield
+    return LayerGraph(before, between, middle, after)
+
+
 def _backward(
     model: CausalLM,
-    inputs: list[Tensor],
+    saved: list[Tensor | LayerGraph],
     grad: Tensor,
     context: TokenContext,
     updates: Updates,
@@ -178,18 +226,13 @@ def _backward(
         index for index, layer in enumerate(model.layers) if updates.touches(layer.projections)
     )
     for index in reversed(range(lowest, model.spec.num_layers)):
-        before = inputs.pop().requires_grad_()
-        with torch.enable_grad():
-            between = attention_half(model, index, before, context, updates)
+        graph = saved.pop()
+        if isinstance(graph, Tensor):
+            graph = yield from _record(model, index, graph, context, updates)
+        (grad,) = torch.autograd.grad(graph.after, graph.middle, grad)
         yield
-        middle = between.detach().requires_grad_()
-        with torch.enable_grad():
-            after = mlp_half(model, index, middle, updates)
-        yield
-        (grad,) = torch.autograd.grad(after, middle, grad)
-        yield
-        (grad,) = torch.autograd.grad(between, before, grad)
-        del before, between, middle, after
+        (grad,) = torch.autograd.grad(graph.between, graph.before, grad)
+        del graph
         yield
 
 

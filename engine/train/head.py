@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from engine.model import CausalLM
-from engine.train.projection import projection_backward
+from engine.train.projection import base_projection, projection_backward
+from kernels.label_logps import label_logps
 
 LOGITS_BYTES = 32 << 20
-"""Of one chunk's float32 logits."""
+"""Of one chunk's logits, counted as float32."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,18 +55,10 @@ def run_head(
     for start in range(0, len(hidden), num_rows):
         rows = slice(start, start + num_rows)
         with torch.no_grad():
-            logits = model.lm_head(hidden[rows], None).float()
-            if temperature != 1.0:
-                logits = logits / temperature
-            own = labels[rows, None]
-            is_correct[rows] = logits.argmax(-1) == own[:, 0]
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            logps[rows] = (logits.gather(1, own) - normaliser)[:, 0]
-            if grad is not None and coefficients is not None:
-                # d logp(label) / d logits = one-hot(label) - softmax
-                slopes = coefficients[rows, None] / temperature
-                grad_logits = logits.sub_(normaliser).exp_().mul_(-slopes)
-                grad_logits.scatter_add_(1, own, slopes)
-                grad[rows] = projection_backward(grad_logits.to(hidden.dtype), model.lm_head)
+            logits = base_projection(hidden[rows], model.lm_head)
+            slopes = None if coefficients is None else coefficients[rows]
+            logps[rows], is_correct[rows] = label_logps(logits, labels[rows], slopes, temperature)
+            if grad is not None:  # the logits have become their own gradient
+                grad[rows] = projection_backward(logits, model.lm_head)
         yield
     return HeadResult(logps, is_correct, grad)

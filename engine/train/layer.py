@@ -60,3 +60,14 @@ def mlp_half(model: CausalLM, index: int, x: Tensor, updates: Updates) -> Tensor
     normed = rms_norm(x, layer.post_attention_layernorm, model.spec.rms_norm_eps)
     activations = silu_and_mul(project(normed, layer.gate_up_proj, updates))
     return x + project(activations, layer.down_proj, updates)
+
+
+def activation_bytes(model: CausalLM, batch: TokenBatch, updates: Updates) -> int:
+    """About what one layer's graph takes, both halves."""
+    spec = model.spec
+    q_size = spec.num_heads * spec.head_dim
+    inputs = 2 * spec.hidden_size + q_size + spec.intermediate_size  # of the four projections
+    per_token = inputs + 4 * spec.hidden_size + 5 * q_size + 2 * spec.intermediate_size
+    if updates.dropout:
+        per_token += inputs  # the masks
+    return batch.num_tokens * per_token * model.dtype.itemsize

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engine.train.short_attention import MAX_LENGTH, short_attention
+
 FILL = 0.75
 """A sequence joins a rectangle when it fills at least this share of a row."""
 
@@ -93,19 +95,27 @@ def packed_attention(
         queries, keys, values = (
             tensor[part.tokens].view(shape).transpose(1, 2) for tensor in (q, k, v)
         )
-        mask = None
-        if sliding_window is not None and sliding_window < part.length:
-            mask = _window_mask(part.length, sliding_window, q.device)
-        attended = functional.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None
-        )  # [num_rows, num_heads, length, head_dim]
+        attended = _attend(queries, keys, values, sliding_window)
         result = attended.transpose(1, 2).reshape(-1, *q.shape[1:])
         results.append(result if part.own is None else result[part.own])
     joined = torch.cat(results) if len(results) > 1 else results[0]
     return joined if layout.order is None else joined[layout.order]
 
 
-def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, sliding_window: int | None) -> Tensor:
+    """Causal attention of full rows, [num_rows, num_heads, length, head_dim] each."""
+    length = q.shape[2]
+    window = sliding_window if sliding_window is not None and sliding_window < length else None
+    if q.device.type == "cpu" and length <= MAX_LENGTH:
+        mask = torch.zeros(length, length).masked_fill_(~_visible(length, window, q.device), -1e30)
+        return short_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask).view_as(q)
+    if window is None:
+        return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    visible = _visible(length, window, q.device)
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+
+
+def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
     """bool [length, length]: what each query sees."""
     everything = torch.ones(length, length, dtype=torch.bool, device=device)
-    return everything.tril().triu(1 - window)
+    return everything.tril() if window is None else everything.tril().triu(1 - window)

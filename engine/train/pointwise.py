@@ -1,4 +1,4 @@
-"""Norm, rotary embedding and SiLU·up with gradients: serving's kernels forward, formulas backward.
+"""Norm, rotary embedding and SiLU·up, as autograd sees them.
 
 Gradients go to activations only; the base's norms are frozen.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import fused
+from kernels import fused, fused_backward
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -42,14 +42,9 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """With n = x / rms(x) and g = grad * weight: (g - n * mean(g * n)) / rms(x)."""
         (x,) = ctx.saved_tensors
-        x32 = x.float()
-        scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + ctx.eps)
-        normed = x32.mul_(scale) if x32 is not x else x32 * scale
-        grad = (grads[0] * ctx.weight).float()
-        mean = (grad * normed).mean(-1, keepdim=True)
-        return grad.sub(normed.mul_(mean)).mul_(scale).to(x.dtype), None, None
+        grad = grads[0].contiguous()
+        return fused_backward.rms_norm_backward(x, ctx.weight, grad, ctx.eps), None, None
 
 
 class _Rotary(torch.autograd.Function):
@@ -77,9 +72,4 @@ class _SiluAndMul(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.float().chunk(2, dim=-1)
-        grad = grads[0].float()
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        slope = sigmoid * (1 + gate - silu)  # of SiLU
-        return torch.cat([grad * up * slope, grad * silu], dim=-1).to(gate_up.dtype)
+        return fused_backward.silu_and_mul_backward(gate_up, grads[0].contiguous())

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 from engine.api import AdapterRef, TrainingJob
 from engine.errors import RequestError
 from engine.lora import LoraWeights
 from engine.model import CausalLM
 from engine.train.adapter import TrainableAdapter
-from engine.train.checkpoint import (
-    DamagedCheckpoint,
-    TrainerState,
-    check_same_run,
-    checkpoint_path,
-    list_checkpoints,
-    load_checkpoint,
-    read_state,
-    remove_unfinished,
-)
-from engine.train.config import TrainConfig
+from engine.train.checkpoint import TrainerState
 from engine.train.data_checks import check_data, check_lengths, data_digest
 from engine.train.defaults import resolve
 from engine.train.objectives import make_objective
 from engine.train.optimizer import AdamW
+from engine.train.resume import resume
 from engine.train.run import Run
 from engine.train.token_dataset import load_dataset
 
@@ -88,52 +77,9 @@ def prepare(
         ),
     )
     notes: list[str] = []
-    if not _resume(run, notes) and job.start_from is not None:
+    if not resume(run, notes) and job.start_from is not None:
         adapter.load_weights(load_adapter(job.start_from))
     return run, notes
-
-
-def _resume(run: Run, notes: list[str]) -> bool:
-    """Go to where the newest usable checkpoint stands; whether there was one."""
-    folder = Path(run.job.folder)
-    remove_unfinished(folder)
-    for path in list_checkpoints(folder):
-        try:
-            state, tensors = load_checkpoint(path)
-        except DamagedCheckpoint as error:
-            notes.append(f"{path.name} is damaged and was passed over: {error}")
-            continue
-        check_same_run(state, run.state, folder)
-        run.restore(tensors)
-        run.state = _continued(state, run.config, run.job.config)
-        notes.append(f"Going on from {path.name}.")
-        _check_best(run, folder, notes)
-        return True
-    return False
-
-
-def _continued(state: TrainerState, config: TrainConfig, given: TrainConfig) -> TrainerState:
-    """A checkpoint's state under the settings of now. What the run itself has chosen for the
-    micro-batches stays, for another choice would round otherwise.
-    """
-    before = state.config.micro_batch_tokens
-    tokens = given.micro_batch_tokens or before
-    config = dataclasses.replace(config, micro_batch_tokens=tokens)
-    if tokens is not None and tokens != before:
-        state = dataclasses.replace(state, micro_batch_tokens=tokens)
-    return dataclasses.replace(state, config=config)
-
-
-def _check_best(run: Run, folder: Path, notes: list[str]) -> None:
-    """Forget a best checkpoint that is no more: the next evaluation finds another."""
-    if run.state.best_step is None:
-        return
-    path = checkpoint_path(folder, run.state.best_step)
-    try:
-        read_state(path)
-    except DamagedCheckpoint as error:
-        notes.append(f"{path.name}, the best so far, is lost: {error}")
-        run.state = dataclasses.replace(run.state, best_step=None, best_value=None)
 
 
 def _check_job(job: TrainingJob) -> None:

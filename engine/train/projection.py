@@ -15,10 +15,11 @@ from torch.autograd.function import once_differentiable
 
 from engine.layers import FusedLinear, LinearSlice
 from engine.train.noise import dropout_mask, noise_seed
-from engine.train.updates import Update, Updates
+from engine.train.updates import ProjectionUpdate, Updates
 from kernels.int8_linear import ROWS, Int8Weight
 from kernels.nf4 import QuantizedWeight
-from kernels.nf4_autograd import nf4_linear_backward
+from kernels.nf4_autograd import nf4_linear_backward, nf4_linear_training
+from kernels.product import product
 
 
 def project(x: Tensor, projection: FusedLinear, updates: Updates) -> Tensor:
@@ -26,56 +27,79 @@ def project(x: Tensor, projection: FusedLinear, updates: Updates) -> Tensor:
 
     Slices that share their input share its dropout mask.
     """
-    found = updates.of(projection, x.dtype)
+    update = updates.of(projection, x.dtype)
     mask = None
-    if found and updates.dropout:
+    if update is not None and updates.dropout:
         seed = noise_seed(updates.seed, projection.paths[0])
         mask = dropout_mask(x, updates.dropout, seed)
-    result: Tensor = _Projection.apply(x, projection, found, mask, updates.grad_scale)  # type: ignore[no-untyped-call]
+    result: Tensor = _Projection.apply(x, projection, update, mask, updates.grad_scale)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Projection(torch.autograd.Function):
-    """Keeps its input and the dropout mask."""
+    """Keeps its input, the dropout mask, and x a^T."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         projection: FusedLinear,
-        updates: tuple[Update, ...],
+        update: ProjectionUpdate | None,
         mask: Tensor | None,
         grad_scale: float,
     ) -> Tensor:
-        ctx.save_for_backward(x, mask)
-        ctx.projection, ctx.updates, ctx.grad_scale = projection, updates, grad_scale
-        y = projection(x, None)
-        dropped = x if mask is None else x * mask
-        for update in updates:
-            low = dropped @ update.a.t()  # [num_tokens, rank]
-            y[:, update.start : update.stop].addmm_(low, update.b.t(), alpha=update.scaling)
+        ctx.projection, ctx.update, ctx.grad_scale = projection, update, grad_scale
+        y = base_projection(x, projection)
+        if update is not None:
+            dropped = x if mask is None else x * mask
+            low = product(dropped, update.a.t())  # [num_tokens, sum of ranks]
+            for part in update.parts:
+                columns = y[:, part.start : part.stop]
+                columns.addmm_(low[:, part.rows], part.b.t(), alpha=update.scaling)
+            ctx.save_for_backward(x, mask, low)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask = ctx.saved_tensors
-        grad = grads[0].contiguous()
+        grad, update = grads[0].contiguous(), ctx.update
         grad_x = projection_backward(grad, ctx.projection)
-        dropped = x if mask is None else x * mask
-        grad_dropped = grad_x if mask is None else torch.zeros_like(grad_x)
-        for update in ctx.updates:
-            part = grad[:, update.start : update.stop]
-            grad_low = part @ update.b  # [num_tokens, rank]
-            if update.a_grad is not None and update.b_grad is not None:
-                scale = update.scaling * ctx.grad_scale
-                low = dropped @ update.a.t()
-                update.b_grad.add_(part.t() @ low, alpha=scale)
-                update.a_grad.add_(grad_low.t() @ dropped, alpha=scale)
-            grad_dropped.addmm_(grad_low, update.a, alpha=update.scaling)
-        if mask is not None:
-            grad_x.addcmul_(grad_dropped, mask)
+        if update is not None:
+            x, mask, low = ctx.saved_tensors
+            grad_low = torch.empty_like(low)
+            for part in update.parts:
+                grad_low[:, part.rows] = product(grad[:, part.start : part.stop], part.b)
+            _add_gradients(ctx, grad, x if mask is None else x * mask, low, grad_low)
+            if mask is None:
+                grad_x.addmm_(grad_low, update.a, alpha=update.scaling)
+            else:
+                grad_x.addcmul_(product(grad_low, update.a), mask, value=update.scaling)
         return grad_x, None, None, None, None
+
+
+def _add_gradients(ctx: Any, grad: Tensor, dropped: Tensor, low: Tensor, grad_low: Tensor) -> None:
+    """Add a's and b's gradients to the adapter's."""
+    update = ctx.update
+    scale = update.scaling * ctx.grad_scale
+    of_a = None
+    for part in update.parts:
+        if part.a_grad is None or part.b_grad is None:
+            continue
+        if of_a is None:
+            of_a = product(grad_low.t(), dropped)  # [sum of ranks, in_features]
+        part.a_grad.add_(of_a[part.rows], alpha=scale)
+        of_b = low[:, part.rows].t() @ grad[:, part.start : part.stop]  # b's transpose
+        part.b_grad.add_(of_b.t(), alpha=scale)
+
+
+def base_projection(x: Tensor, projection: FusedLinear) -> Tensor:
+    """The frozen projection, [num_tokens, sum of out_features]."""
+    if projection.weight is not None:
+        y = product(x, projection.weight.t())
+        return y if projection.bias is None else y.add_(projection.bias)
+    if len(projection.weights) == len(projection.slices):
+        return nf4_linear_training(x, projection.weights, projection.biases)
+    return projection(x, None)
 
 
 def projection_backward(grad: Tensor, projection: FusedLinear) -> Tensor:
@@ -83,8 +107,8 @@ def projection_backward(grad: Tensor, projection: FusedLinear) -> Tensor:
     its weights.
     """
     if projection.weight is not None:
-        return grad @ projection.weight
-    if projection.weights and len(projection.weights) == len(projection.slices):
+        return product(grad, projection.weight)
+    if len(projection.weights) == len(projection.slices):
         return nf4_linear_backward(grad, projection.weights)
     parts = torch.split(grad, [part.out_features for part in projection.slices], dim=1)
     products = [
@@ -101,7 +125,7 @@ def _slice_backward(grad: Tensor, part: LinearSlice) -> Tensor:
         return nf4_linear_backward(grad.contiguous(), [weight])
     if isinstance(weight, Int8Weight):
         return _int8_backward(grad, weight)
-    return grad @ weight
+    return product(grad, weight)
 
 
 def _int8_backward(grad: Tensor, weight: Int8Weight) -> Tensor:

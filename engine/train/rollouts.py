@@ -2,7 +2,8 @@
 
 The policy is put into the pool of adapters as a new generation for each batch of prompts; its
 answers and their scores are requests like any other, of the lowest priority, whose deltas come here
-instead of going to a client. While they run the trainer waits and the engine has the machine.
+instead of going to a client. While they run the trainer waits. Beside clients they have steps of
+their own, which count as the trainer's slices.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from engine.api import (
 from engine.errors import EngineError, RequestError
 from engine.lora import LoraWeights
 from engine.lora_source import LoraSource
+from engine.sequence import BACKGROUND
 from engine.train.batches import Sample
 from engine.train.config import TrainConfig
 from engine.train.noise import noise_seed
@@ -37,8 +39,6 @@ POLICY_UID = -1
 """Of the policies in the pool; published adapters have positive ones."""
 PREFIX = "rollout/"
 """Of the ids of requests that are the trainer's own."""
-PRIORITY = 2**62
-"""Later than any client's."""
 STD_EPSILON = 1e-4
 """Added to a group's standard deviation, as trl does: answers may all be as good."""
 
@@ -143,20 +143,34 @@ class EngineRollouts:
                 self._source.forget(ref)
         return _batch(groups)
 
-    def take(self, output: StepOutput) -> StepOutput:
+    @property
+    def are_beside_clients(self) -> bool:
+        """Whether clients have requests while we have some."""
+        return 0 < len(self._open) < self._engine.num_requests
+
+    def step(self) -> StepOutput:
+        """The next step of the engine: of the clients' tokens alone where there are any. Returns
+        what is for the clients."""
+        return self._take(self._engine.step("clients" if self.are_beside_clients else "all"))
+
+    def own_step(self, max_num_tokens: int) -> StepOutput:
+        """A step of our tokens alone, so many at most; it may bring something for a client."""
+        return self._take(self._engine.step("background", max_num_tokens))
+
+    def _take(self, output: StepOutput) -> StepOutput:
         """Keep what a step has to say about our requests; what is left is for the clients."""
         if not any(delta.request_id.startswith(PREFIX) for delta in output.deltas):
             return output
         clients = []
         for delta in output.deltas:
             if delta.request_id.startswith(PREFIX):
-                self._take(delta)
+                self._take_own(delta)
             else:
                 clients.append(delta)
         self._submit()
         return StepOutput(deltas=tuple(clients), stats=output.stats)
 
-    def _take(self, delta: RequestDelta) -> None:
+    def _take_own(self, delta: RequestDelta) -> None:
         rollout = self._open.get(delta.request_id)
         if rollout is None:
             return  # abandoned
@@ -225,7 +239,7 @@ class EngineRollouts:
             prompt_token_ids=tokens,
             params=params,
             adapter=adapter,
-            priority=PRIORITY,
+            priority=BACKGROUND,
             task=task,
         )
         self._queued.append((rollout, request))

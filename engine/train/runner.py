@@ -94,7 +94,8 @@ class JobRunner:
         self._job: TrainingJob | None = None
         self._trainer: Trainer | None = None
         self._slices: Generator[TrainingEvent | None, None, None] | None = None
-        self._events: list[TrainingEvent] = []
+        self._said: list[TrainingEvent | StepOutput] = []
+        self._max_rollout_tokens = 1
         self._num_long_slices = 0
 
     @property
@@ -106,7 +107,7 @@ class JobRunner:
     def has_work(self) -> bool:
         """Whether advance() would get on now, rather than after further steps of the engine."""
         if self._slices is None or self._trainer is None:
-            return bool(self._events)
+            return bool(self._said)
         return not self._trainer.is_waiting
 
     def start(self, job: TrainingJob) -> None:
@@ -114,12 +115,12 @@ class JobRunner:
         if self._job is not None:
             message = f"Job {self._job.job_id} is being trained, and one job runs at a time."
             error = EngineError(f"{message} Start this one when that has ended.")
-            self._events.append(_failed(job, error))
+            self._said.append(_failed(job, error))
             return
         try:
             self._trainer = self._make_trainer(job)
         except Exception as error:  # the job's boundary
-            self._events.append(_failed(job, error))
+            self._said.append(_failed(job, error))
             return
         self._job, self._slices = job, self._trainer.run()
         self._num_long_slices = 0
@@ -136,9 +137,10 @@ class JobRunner:
             if weights is not None:
                 self._source.put(command.ref, weights, keep=False)
 
-    def take_rollouts(self, output: StepOutput) -> StepOutput:
-        """Keep what a step says about the trainer's own requests; the rest is for the clients."""
-        return self._rollouts.take(output)
+    def step(self) -> StepOutput:
+        """The engine's next step, and what it brings for the clients. The trainer's own requests
+        take part where no client has any; else advance() runs them."""
+        return self._rollouts.step()
 
     def close(self) -> None:
         """Abandon the job without a word: another time it goes on from its last checkpoint."""
@@ -146,7 +148,7 @@ class JobRunner:
             self._slices.close()
         self._slices = self._job = self._trainer = None
 
-    def advance(self, *, has_streams: bool) -> list[TrainingEvent]:
+    def advance(self, *, has_streams: bool) -> list[TrainingEvent | StepOutput]:
         """Run slices and return what there is to say.
 
         Args:
@@ -154,15 +156,18 @@ class JobRunner:
                 slice runs.
         """
         if has_streams:
+            self._budget.earn()
+        if self._rollouts.are_beside_clients:
+            self._draw(has_streams=has_streams)
+        elif has_streams:
             self._advance_beside_streams()
         elif self.has_work and self._slices is not None:
             self._slice()
             self._pace.let_run_ahead()
-        events, self._events = self._events, []
-        return events
+        said, self._said = self._said, []
+        return said
 
     def _advance_beside_streams(self) -> None:
-        self._budget.earn()
         while self.has_work and self._slices is not None:
             kind = _suspended_at(self._slices)
             if not self._budget.may_run(kind):
@@ -172,6 +177,27 @@ class JobRunner:
             self._slice()
             self._pace.wait()
             self._budget.pay(kind, self._clock() - started_s)
+
+    def _draw(self, *, has_streams: bool) -> None:
+        """Steps of the trainer's own requests, beside clients that have some too."""
+        while self._rollouts.are_beside_clients:
+            kind = ("rollouts", self._max_rollout_tokens)
+            if has_streams and not self._budget.may_run(kind):
+                return
+            started_s = self._clock()
+            output = self._rollouts.own_step(self._max_rollout_tokens)
+            elapsed_s = self._clock() - started_s
+            if output.deltas:
+                self._said.append(output)
+            if not output.stats.num_step_tokens:
+                return  # an adapter is being loaded
+            if not has_streams:
+                return
+            self._budget.pay(kind, elapsed_s)
+            if elapsed_s > self._budget.max_stall_s:
+                self._max_rollout_tokens = max(1, self._max_rollout_tokens // 2)
+            elif elapsed_s < self._budget.max_stall_s / 4:
+                self._max_rollout_tokens *= 2
 
     def _slice(self) -> None:
         """Run to where the trainer stops next."""
@@ -184,7 +210,7 @@ class JobRunner:
             event = _failed(self._job, error)
         if event is None:
             return
-        self._events.append(event)
+        self._said.append(event)
         if isinstance(event, TrainingEnded):
             self._slices.close()
             self._slices = self._job = None  # the trainer stays: its weights may be asked for
@@ -203,7 +229,7 @@ class JobRunner:
             f"--train-max-stall-ms is {self._budget.max_stall_s * 1e3:.0f}. Streams wait that long "
             f"for some of their tokens. A smaller micro_batch_tokens makes it shorter."
         )
-        self._events.append(TrainingNote(job_id=self._job.job_id, level="warn", message=message))
+        self._said.append(TrainingNote(job_id=self._job.job_id, level="warn", message=message))
 
 
 def _failed(job: TrainingJob, error: Exception) -> TrainingEnded:

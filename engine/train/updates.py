@@ -13,19 +13,29 @@ from engine.train.adapter import TrainableAdapter
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Update:
-    """y[:, start:stop] += scaling * x a^T b^T, and where its gradients go."""
+class SliceUpdate:
+    """y[:, start:stop] += scaling * x a^T b^T, and where the gradients go."""
 
     start: int
     stop: int
-    a: torch.Tensor
-    """[rank, in_features]."""
+    rows: slice
+    """Those of its a in the projection's stack."""
     b: torch.Tensor
     """[stop - start, rank]."""
-    scaling: float
     a_grad: torch.Tensor | None
-    """float32, a's shape; None where nothing is learnt."""
+    """float32 [rank, in_features]; None where nothing is learnt."""
     b_grad: torch.Tensor | None
+    """float32, b's shape."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProjectionUpdate:
+    """The updates of a projection's slices, which share their input."""
+
+    a: torch.Tensor
+    """[sum of ranks, in_features], all a one under another."""
+    parts: tuple[SliceUpdate, ...]
+    scaling: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,17 +60,26 @@ class Updates:
     """Gradients are multiplied by it as they are added: one over the loss's denominator. The
     backward pass itself runs on sums, whose size half types can hold."""
 
-    def of(self, projection: FusedLinear, dtype: torch.dtype) -> tuple[Update, ...]:
-        """The updates of a projection's slices, their matrices in that dtype."""
-        found, start = [], 0
+    def of(self, projection: FusedLinear, dtype: torch.dtype) -> ProjectionUpdate | None:
+        """What is added to a projection, the matrices in that dtype; None: nothing."""
+        stack, parts, column, row = [], [], 0, 0
         for part in projection.slices:
-            stop = start + part.out_features
             module = self.modules.get(part.path)
             if module is not None:
-                a, b = module.a.to(dtype), module.b.to(dtype)
-                found.append(Update(start, stop, a, b, self.scaling, module.a_grad, module.b_grad))
-            start = stop
-        return tuple(found)
+                rows = slice(row, row + len(module.a))
+                parts.append(
+                    SliceUpdate(
+                        column, column + part.out_features, rows, module.b.to(dtype),
+                        module.a_grad, module.b_grad,
+                    )
+                )  # fmt: skip
+                stack.append(module.a)
+                row = rows.stop
+            column += part.out_features
+        if not stack:
+            return None
+        a = torch.cat(stack) if len(stack) > 1 else stack[0]
+        return ProjectionUpdate(a.to(dtype), tuple(parts), self.scaling)
 
     def touches(self, projections: tuple[FusedLinear, ...]) -> bool:
         """Whether one of these projections is adapted."""

@@ -25,11 +25,7 @@ VARYING = ["first_seq", "table_width", "num_kv_heads", "group", "max_splits", "w
 @triton.jit
 def dimension(half, PART: tl.constexpr, HEAD_DIM: tl.constexpr, FP8: tl.constexpr):
     """Which elements of a head are in its part 0 or 1: first and second half, or even and odd."""
-    if FP8:
-        at = 2 * half + PART
-    else:
-        at = half + PART * (HEAD_DIM // 2)
-    return at
+    return 2 * half + PART if FP8 else half + PART * (HEAD_DIM // 2)
 
 
 @triton.jit
@@ -147,9 +143,7 @@ def split_kernel(
         group_rows = ROOM * group
         table = block_tables + seq.to(tl.int64) * table_width
         base = (tl.program_id(2).to(tl.int64) * num_kv_heads + head) * max_splits
-        for split in range(
-            first + tl.program_id(0), tl.cdiv(context, SPLIT), tl.num_programs(0)
-        ):
+        for split in range(first + tl.program_id(0), tl.cdiv(context, SPLIT), tl.num_programs(0)):
             acc0, acc1, top, total = _attend(
                 rows0, rows1, position, oldest, k_cache, v_cache, k_scales, v_scales, table,
                 split * SPLIT, tl.minimum((split + 1) * SPLIT, context), head, num_kv_heads, scale,
@@ -267,10 +261,11 @@ def chunk_kernel(
         if WINDOWED:
             start = tl.maximum(context - num_new + first_query - window + 1, 0) // KEYS * KEYS
         stop = context - num_new + tl.minimum(first_query + tokens, num_new)
-        acc0, acc1, top, total = _attend(
+        table = block_tables + tl.cast(seq, tl.int64) * table_width
+        acc0, acc1, _, total = _attend(
             rows0, rows1, position, oldest, k_cache, v_cache, k_scales, v_scales,
-            block_tables + seq.to(tl.int64) * table_width, start, stop, head, num_kv_heads, scale,
-            HEAD_DIM, HALF, BLOCK_SIZE, KEYS, FP8, DTYPE, PRECISION, ASM,
+            table, start, stop, head, num_kv_heads, scale, HEAD_DIM, HALF, BLOCK_SIZE, KEYS, FP8,
+            DTYPE, PRECISION, ASM,
         )  # fmt: skip
         total = tl.where(total == 0.0, 1.0, total)[:, None]
         to = out + (token * out_stride + of_head)[:, None]

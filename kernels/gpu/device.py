@@ -45,7 +45,6 @@ PLANS: dict[Capability, DecodePlan] = {
 """By compute capability; what is not here runs the portable kernels."""
 
 
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionPlan:
     """How attention runs on one architecture: splits of few new tokens, chunks of many."""

@@ -48,7 +48,20 @@ def find_problem(test: Callable[[], str | None]) -> str | None:
 
 def _candidates() -> list[tuple[str, Implementation, Callable[..., str | None]]]:
     """(operation, implementation, self-test), the fastest of an operation first."""
-    from kernels.gpu import codec, decode, dense, epilogues, lora, portable, selftest
+    from kernels.gpu import (
+        attention,
+        codec,
+        decode,
+        dense,
+        epilogues,
+        lora,
+        portable,
+        rotary,
+        rows,
+        sampling,
+        selftest,
+    )
+    from kernels.gpu import selftest_layers as layers
 
     def entry(operation: str, name: str, run: Any, accepts: Any, test: Any) -> Any:
         return operation, Implementation(name, run, accepts), test
@@ -75,4 +88,26 @@ def _candidates() -> list[tuple[str, Implementation, Callable[..., str | None]]]
             selftest.quantize,
         ),
         entry("add_lora", "triton", lora.run, lora.accepts, selftest.lora),
+        entry("paged_attention", "triton", attention.run, attention.accepts, layers.attention),
+        entry(
+            "paged_attention_fp8", "triton", attention.run, attention.accepts,
+            layers.attention_fp8,
+        ),
+        entry("rotate_and_cache", "triton", rotary.run, rotary.accepts, layers.rotary),
+        entry("rms_norm", "triton", rows.rms_norm, rows.accepts_rms_norm, layers.rms_norm),
+        entry(
+            "add_rms_norm", "triton", rows.add_rms_norm, rows.accepts_add_rms_norm,
+            layers.add_rms_norm,
+        ),
+        entry(
+            "silu_and_mul", "triton", rows.silu_and_mul, rows.accepts_silu_and_mul,
+            layers.silu_and_mul,
+        ),
+        entry(
+            "truncate", "triton", sampling.truncate, sampling.accepts_truncate, layers.truncate
+        ),
+        entry(
+            "apply_bitmask", "triton", sampling.apply_bitmask, sampling.accepts_bitmask,
+            layers.bitmask,
+        ),
     ]  # fmt: skip

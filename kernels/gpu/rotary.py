@@ -23,7 +23,9 @@ MAX_HEAD_DIM = 512
 
 
 @triton.jit
-def _normalised(first, second, weight, half, there, eps, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr):
+def _normalised(
+    first, second, weight, half, there, eps, HEAD_DIM: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
     """Both halves of heads over their root mean square, times weight: float32 [HEADS, HALF]."""
     mean_square = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / HEAD_DIM
     factor = tl.rsqrt(mean_square + eps)[:, None]
@@ -43,8 +45,10 @@ def _rotated(first, second, cos, sin, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _stored(cache, scales, first, second, slot, head, half, there, num_kv_heads,
-            HEAD_DIM: tl.constexpr, IS_FP8: tl.constexpr):  # fmt: skip
+def _stored(
+    cache, scales, first, second, slot, head, half, there, num_kv_heads,
+    HEAD_DIM: tl.constexpr, IS_FP8: tl.constexpr,
+):  # fmt: skip
     """Write heads into a slot of the cache."""
     place = slot * num_kv_heads + head
     to = cache + place[:, None] * HEAD_DIM + half[None, :]
@@ -89,9 +93,7 @@ def rotary_kernel(
         first = tl.load(at, mask=there, other=0.0).to(tl.float32)
         second = tl.load(at + HEAD_DIM // 2, mask=there, other=0.0).to(tl.float32)
         if HAS_NORM:
-            first, second = _normalised(
-                first, second, q_norm, half, is_there, eps, HEAD_DIM, DTYPE
-            )
+            first, second = _normalised(first, second, q_norm, half, is_there, eps, HEAD_DIM, DTYPE)
         first, second = _rotated(first, second, cosine, sine, DTYPE)
         to = out + (token * num_heads + head[:, None]) * HEAD_DIM + half[None, :]
         tl.store(to, first.to(DTYPE), mask=there)

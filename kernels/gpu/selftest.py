@@ -31,18 +31,18 @@ Run = Callable[..., Any]
 Accepts = Callable[..., bool]
 
 
-def _random(*shape: int, seed: int) -> Tensor:
+def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _weights(*widths: int) -> list[QuantizedWeight]:
     """Weights of so many rows, on the CPU, with and without a group of zeros."""
-    dense = [_random(width, IN_FEATURES, seed=width) * 0.05 for width in widths]
+    dense = [random(width, IN_FEATURES, seed=width) * 0.05 for width in widths]
     dense[0][0, :64] = 0
     return [quantize_4bit(weight) for weight in dense]
 
 
-def _compare(actual: Tensor, expected: Tensor) -> str | None:
+def compare(actual: Tensor, expected: Tensor) -> str | None:
     """None, or by how much they differ."""
     worst = (actual.cpu().double() - expected.cpu().double()).abs().max().item()
     limit = TOLERANCE * expected.abs().max().item()
@@ -53,13 +53,13 @@ def _linear(
     run: Run, accepts: Accepts, device: torch.device, num_tokens: int, widths: tuple[int, ...]
 ) -> str | None:
     weights = _weights(*widths)
-    biases = [_random(width, seed=width + 1).bfloat16() for width in widths]
-    x = _random(num_tokens, IN_FEATURES, seed=1).bfloat16()
+    biases = [random(width, seed=width + 1).bfloat16() for width in widths]
+    x = random(num_tokens, IN_FEATURES, seed=1).bfloat16()
     expected = nf4_linear_reference(x.float(), weights, [bias.float() for bias in biases])
     arguments = x.to(device), [w.to(device) for w in weights], [b.to(device) for b in biases]
     if not accepts(*arguments):
         return "not made for this device"
-    return _compare(run(*arguments), expected)
+    return compare(run(*arguments), expected)
 
 
 def linear(run: Run, accepts: Accepts, device: torch.device) -> str | None:
@@ -81,42 +81,42 @@ def linear_many(run: Run, accepts: Accepts, device: torch.device) -> str | None:
 
 def plain(run: Run, accepts: Accepts, device: torch.device) -> str | None:
     """The 16-bit product."""
-    x, weight = _random(70, 96, seed=1).bfloat16(), _random(24, 96, seed=2).bfloat16()
+    x, weight = random(70, 96, seed=1).bfloat16(), random(24, 96, seed=2).bfloat16()
     arguments = x.to(device), weight.to(device), None
     if not accepts(*arguments):
         return "not made for this device"
-    return _compare(run(*arguments), x.float() @ weight.float().T)
+    return compare(run(*arguments), x.float() @ weight.float().T)
 
 
 def add(run: Run, accepts: Accepts, device: torch.device) -> str | None:
     """The product and the residual."""
-    weights, x = _weights(72), _random(3, IN_FEATURES, seed=1).bfloat16()
-    residual = _random(3, 72, seed=2).bfloat16()
+    weights, x = _weights(72), random(3, IN_FEATURES, seed=1).bfloat16()
+    residual = random(3, 72, seed=2).bfloat16()
     expected = residual.float() + nf4_linear_reference(x.float(), weights, [None])
     arguments = x.to(device), [w.to(device) for w in weights], [None], residual.to(device)
     if not accepts(*arguments):
         return "not made for this device"
-    return _compare(run(*arguments), expected)
+    return compare(run(*arguments), expected)
 
 
 def silu(run: Run, accepts: Accepts, device: torch.device) -> str | None:
     """SiLU of the gate times the up."""
-    weights, x = _weights(72, 72), _random(3, IN_FEATURES, seed=1).bfloat16()
+    weights, x = _weights(72, 72), random(3, IN_FEATURES, seed=1).bfloat16()
     expected = silu_and_mul_reference(nf4_linear_reference(x.float(), weights, [None, None]))
     arguments = x.to(device), [w.to(device) for w in weights], [None, None]
     if not accepts(*arguments):
         return "not made for this device"
-    return _compare(run(*arguments), expected)
+    return compare(run(*arguments), expected)
 
 
 def backward(run: Run, accepts: Accepts, device: torch.device) -> str | None:
     """The gradient of x."""
-    weights, grad = _weights(33, 8), _random(5, 41, seed=1).bfloat16()
+    weights, grad = _weights(33, 8), random(5, 41, seed=1).bfloat16()
     expected = nf4_linear_backward_reference(grad.float(), weights)
     arguments = grad.to(device), [w.to(device) for w in weights]
     if not accepts(*arguments):
         return "not made for this device"
-    return _compare(run(*arguments), expected)
+    return compare(run(*arguments), expected)
 
 
 def dequantize(run: Run, accepts: Accepts, device: torch.device) -> str | None:
@@ -131,7 +131,7 @@ def dequantize(run: Run, accepts: Accepts, device: torch.device) -> str | None:
 
 def quantize(run: Run, accepts: Accepts, device: torch.device) -> str | None:
     """To the bit, the last group partial."""
-    weight = _random(33, 70, seed=1)
+    weight = random(33, 70, seed=1)
     if not accepts(weight.to(device), "nf4", 64):
         return "not made for this device"
     pairs = zip(
@@ -143,12 +143,12 @@ def quantize(run: Run, accepts: Accepts, device: torch.device) -> str | None:
 
 def lora(run: Run, accepts: Accepts, device: torch.device) -> str | None:
     """Two slices, three adapters of different ranks, one of which leaves a slice alone."""
-    x, y = _random(5, 96, seed=1).bfloat16(), _random(5, 40, seed=2).bfloat16()
+    x, y = random(5, 96, seed=1).bfloat16(), random(5, 40, seed=2).bfloat16()
     indices, scales = torch.tensor([0, -1, 2, 1, 2]).int(), torch.tensor([1.0, 1, 0.5, 1, 2])
 
     def slices(device: torch.device, dtype: torch.dtype) -> list[LoraSlice]:
         def pair(rank: int, width: int) -> tuple[Tensor, Tensor]:
-            a, b = _random(rank, 96, seed=rank) * 0.1, _random(width, rank, seed=width)
+            a, b = random(rank, 96, seed=rank) * 0.1, random(width, rank, seed=width)
             return a.bfloat16().to(device, dtype), b.bfloat16().to(device, dtype)
 
         return [
@@ -166,4 +166,4 @@ def lora(run: Run, accepts: Accepts, device: torch.device) -> str | None:
     if not accepts(*arguments):
         return "not made for this device"
     run(*arguments)
-    return _compare(actual, expected)
+    return compare(actual, expected)

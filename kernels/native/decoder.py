@@ -61,7 +61,7 @@ class NativeDecoder:
             len(weights.norm), width // 2, weights.num_heads, weights.num_kv_heads,
             weights.head_dim, weights.eps, weights.head_dim**-0.5,
         )  # fmt: skip
-        self._caches_of: Sequence[tuple[Tensor, Tensor]] | None = None
+        self._caches_of: Sequence[tuple[Tensor, ...]] | None = None
         self._caches: ctypes.Array[ctypes.c_void_p] | None = None
 
     def _layer(self, layer: LayerWeights) -> native.Layer:

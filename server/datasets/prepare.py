@@ -21,6 +21,7 @@ from server.datasets.samples import Chat, Pair, Sample
 from server.datasets.sequences import Notes, sequences_of
 from server.datasets.sequences import Sequence as TokenSequence
 from server.datasets.served_model import ServedModel, served_model
+from server.datasets.turns import unlike_prompts
 from server.tokenizer import Tokenizer
 
 FEW_SAMPLES = 10
@@ -179,12 +180,15 @@ def _misfit(form: Format, sample: Sample, model: ServedModel, method: Method) ->
             f"{METHODS_FOR[form.kind]}, or another file."
         )
     first = sample.chosen if isinstance(sample, Pair) else sample
-    if isinstance(first, Chat) and model.template is None:
+    if not isinstance(first, Chat):
+        return None
+    if model.template is None:
         return (
             f"format {form.name} holds conversations, but the model has no chat template. Name one "
             f"with --chat-template."
         )
-    return None
+    is_learnt = METHOD_KIND[method] != "prompt"
+    return unlike_prompts(model.template) if is_learnt and model.turn_ends[0] is None else None
 
 
 def _warnings(reading: _Reading) -> Iterator[str]:

@@ -36,9 +36,9 @@ class ServedModel:
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     max_seq_len: int
-    turn_ends: tuple[str, str] = ("", "")
+    turn_ends: tuple[str | None, str | None] = ("", "")
     """What the template writes behind an answer, "</s>" or "<|im_end|>\\n" or nothing: without
-    tools, with tools."""
+    tools, with tools. None: it does not write answers, or not as its prompts begin them."""
 
 
 def served_model(
@@ -50,7 +50,7 @@ def served_model(
     max_seq_len: int,
 ) -> ServedModel:
     """All that is known of how a model is served."""
-    ends = ("", "")
+    ends: tuple[str | None, str | None] = ("", "")
     if template is not None:
         ends = (_turn_end(tokenizer, template, ()), _turn_end(tokenizer, template, (_ANY_TOOL,)))
     return ServedModel(
@@ -66,14 +66,17 @@ def served_model(
 _ANY_TOOL = {"type": "function", "function": {"name": "any", "parameters": {"type": "object"}}}
 
 
-def _turn_end(tokenizer: Tokenizer, template: ChatTemplate, tools: Tools) -> str:
+def _turn_end(tokenizer: Tokenizer, template: ChatTemplate, tools: Tools) -> str | None:
     turn = (Message(role="user", content="Question"), Message(role="assistant", content="Answer"))
     try:
+        asked = template_input(template, turn[:1], tools)
+        prompt = chat_text(tokenizer, template, asked, add_generation_prompt=True)
         given = template_input(template, turn, tools)
-        text = chat_text(tokenizer, template, given, add_generation_prompt=False)
+        whole = chat_text(tokenizer, template, given, add_generation_prompt=False)
     except BadRecord:  # it does not take such a conversation
         return ""
-    return text.rpartition("Answer")[2]
+    answer = whole[len(prompt) :] if whole.startswith(prompt) else ""
+    return answer.rpartition("Answer")[2] if "Answer" in answer else None
 
 
 def template_input(

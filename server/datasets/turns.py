@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from server.chat_template import ChatTemplate
 from server.datasets.problems import BadRecord
 from server.datasets.served_model import ServedModel, TemplateInput, chat_text, encode
 
@@ -39,16 +40,21 @@ def chat_turn(model: ServedModel, given: TemplateInput) -> tuple[list[int], list
     asked = dataclasses.replace(given, messages=given.messages[:-1])
     prompt = chat_text(model.tokenizer, template, asked, add_generation_prompt=True)
     whole = chat_text(model.tokenizer, template, given, add_generation_prompt=False)
-    if not whole.startswith(prompt):
-        raise BadRecord(
-            f"{template.origin} writes this answer in another way than its prompt begins it, so "
-            f"what the model should generate is not known. Use another --chat-template."
-        )
     end = model.turn_ends[given.tools is not None]
+    if end is None or not whole.startswith(prompt):
+        raise BadRecord(unlike_prompts(template))
     body = whole[len(prompt) :].removesuffix(end)
     if not body.strip():
         raise BadRecord(f"{template.origin} writes nothing of this answer.")
     return _turn(model, prompt, body + _up_to_eos(model, end), template.adds_special_tokens)
+
+
+def unlike_prompts(template: ChatTemplate) -> str:
+    """Why nothing can be learnt with a template."""
+    return (
+        f"{template.origin} does not write answers, or not as its prompts begin them, so what the "
+        f"model should generate is not known. Use another --chat-template."
+    )
 
 
 def scored_conversation(model: ServedModel, given: TemplateInput) -> list[int]:

@@ -97,7 +97,7 @@ async def _answer(
                     usage.add(piece, job.num_choices)
             if judge is not None:
                 texts = [choice.text for choice in choices]
-                rewards = await judge.score_answers(body, chat, texts)
+                rewards = await judge.score_answers(body, texts)
                 for choice, reward in zip(choices, rewards, strict=True):
                     choice.reward = reward
     finally:

@@ -161,8 +161,9 @@ async def _answer(choices: _Choices, lease: Lease, envelope: dict[str, Any]) -> 
                     for name, values in (new["logprobs"] or {}).items():
                         getattr(choice.logprobs, name).extend(values)
             if judge is not None:
-                texts = [choices.prompt_text(choice.prompt) + choice.text for choice in found]
-                for choice, reward in zip(found, await judge.score_texts(texts), strict=True):
+                texts = [(choices.prompt_text(choice.prompt), choice.text) for choice in found]
+                rewards = await judge.score_completions(texts)
+                for choice, reward in zip(found, rewards, strict=True):
                     choice.reward = reward
     finally:
         lease.release()

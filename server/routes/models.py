@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -69,7 +71,10 @@ def _adapter_card(state: ServerState, record: AdapterRecord) -> dict[str, Any]:
         root=record.source,
         parent=state.model_names[0],
     )
-    return card | {"generation": record.ref.generation}
+    return card | {
+        "generation": record.ref.generation,
+        "has_score_head": record.info.has_score_head,
+    }
 
 
 def _is_asleep(state: ServerState, model: str) -> bool:
@@ -83,7 +88,17 @@ def _sleeping_card(state: ServerState, name: str) -> dict[str, Any]:
         created = int(folder.stat().st_mtime)
     except OSError:  # deleted behind our back; using it will say so
         created = 0
-    return _card(state, name, created, root=str(folder), parent=state.model_names[0])
+    card = _card(state, name, created, root=str(folder), parent=state.model_names[0])
+    return card | {"has_score_head": _is_reward_adapter(folder)}
+
+
+def _is_reward_adapter(folder: Path) -> bool:
+    """What the folder of an adapter that nobody has loaded yet says of it."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("task_type") == "SEQ_CLS"
 
 
 def _card(

@@ -21,7 +21,6 @@ from starlette.responses import Response
 from server.errors import json_response
 from server.message_schemas import Body as RequestBody
 from server.message_schemas import Message, Priority, Scale, Text, TokenId, only
-from server.prompts import template_for, template_messages
 from server.sampling import check_prompt
 from server.scoring import conversation_tokens, lease_reward_adapter, score_prompts, text_tokens
 from server.state import Lease, ServerState, awake_body_of, state_of
@@ -197,10 +196,8 @@ def _prompts(
         if isinstance(entry, str):
             token_ids = text_tokens(entry, state)
         elif messages:
-            template = template_for(state, lease.adapter, body.model)
-            plain = template_messages(messages, template)
             kwargs = body.chat_template_kwargs
-            token_ids = conversation_tokens(plain, state, lease, template_kwargs=kwargs)
+            token_ids = conversation_tokens(messages, state, lease, template_kwargs=kwargs)
         check_prompt(token_ids, state.info(), "input")
         prompts.append(token_ids)
     return prompts

@@ -239,6 +239,7 @@ def build_state(
         spec=spec,
         prepare=prepare,
         model_names=("base",),
+        tensorboard_dir=server_config.tensorboard_dir,
     )
     return ServerState(
         config=server_config,

@@ -1,5 +1,6 @@
 """Feedback: an answer is judged by its id, kept, and becomes a training file."""
 
+import asyncio
 import json
 
 import httpx
@@ -65,6 +66,12 @@ async def test_a_second_judgement_changes_only_what_it_names(client, engine):
     assert second == first | {"rating": "down"}
     assert (await judge(client, response_id, rating="none"))["rating"] is None
     assert (await client.get("/v1/feedback")).json()["data"] == [second | {"rating": None}]
+
+
+async def test_judgements_of_one_answer_at_once_are_one(client, engine):
+    response_id = await answer(client, engine, "yo")
+    await asyncio.gather(*(judge(client, response_id, comment=f"number {i}") for i in range(8)))
+    assert len((await client.get("/v1/feedback")).json()["data"]) == 1
 
 
 async def test_streamed_answers_and_further_choices_can_be_judged(client, engine):

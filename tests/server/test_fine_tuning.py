@@ -517,7 +517,7 @@ async def test_two_servers_do_not_run_the_same_jobs(tmp_path, monkeypatch):
 
 
 async def test_a_locked_database_delays_a_job_and_loses_nothing(monkeypatch):
-    monkeypatch.setattr("server.job_runner.RETRY_S", 0.05)
+    monkeypatch.setattr("server.job_rows.RETRY_S", 0.05)
     async with herd(training_engine(lambda job: [started(job)])) as h:
         job = await create(h.client)
         await until(lambda: h.engine.training)
@@ -576,6 +576,24 @@ async def test_a_fault_of_ours_fails_one_job_and_the_next_one_runs():
         assert "secret" not in failed.error.message
         assert h.state.jobs.runner.is_in_charge
         failed = await until_status(h.client, (await create(h.client)).id, "failed")
+
+
+async def test_a_fault_of_ours_in_mid_job_stops_the_engine_before_the_next_job(monkeypatch):
+    async with herd(training_engine(lambda job: [started(job)])) as h:
+        job, second = await create(h.client), await create(h.client)
+        await until_status(h.client, second.id, "queued")
+        await until(lambda: h.engine.training)
+        monkeypatch.setattr("server.job_training.record", lambda *_: 1 / 0)
+        h.engine.say(progress(h.engine.training[0], 1))
+        await until(lambda: h.engine.stopped_training == [(job.id, "cancelled")])
+        assert len(h.engine.training) == 1
+        monkeypatch.undo()
+        loadable_adapters(monkeypatch)
+        h.engine.train = whole_run
+        h.engine.say(TrainingEnded(job_id=job.id, status="cancelled", step=1))
+        failed = await until_status(h.client, job.id, "failed")
+        assert failed.error.code == "internal_error"
+        await until_status(h.client, second.id, "succeeded")
 
 
 async def test_training_goes_on_from_an_adapter_as_it_was_then(tmp_path):

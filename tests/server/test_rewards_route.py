@@ -2,14 +2,19 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 
 from engine.api import ErrorInfo, RequestDelta
+from server.datasets.samples import Pair, conversation
+from server.datasets.sequences import sequences_of
+from server.datasets.served_model import served_model
 from server.errors import ApiError
 from server.limits import parse
+from server.prompts import template_for
 from server.schemas import ChatCompletionRequest, CompletionRequest
-from tests.server.fake_engine import BOS, add_adapter
+from tests.server.fake_engine import BOS, EOS, add_adapter
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -25,7 +30,8 @@ def byte_sum(text: str) -> float:
 
 
 def pair(question: str, answer: str) -> float:
-    return byte_sum(f"<user>{question}\n<assistant>{answer}\n")
+    """Question and answer as training sees them: the answer ends in the end token."""
+    return byte_sum(f"<user>{question}\n<assistant>{answer}") + EOS
 
 
 async def scores(client, path="/v1/score", **body):
@@ -163,10 +169,10 @@ async def test_best_of_completions_choose_for_each_prompt(client, state, engine)
     }
     answer = (await client.post("/v1/completions", json=body)).json()
     found = [(choice["text"], choice["reward"]) for choice in answer["choices"]]
-    assert found == [("c", BOS + byte_sum("xc")), ("c", BOS + byte_sum("yc"))]
+    assert found == [("c", BOS + byte_sum("xc") + EOS), ("c", BOS + byte_sum("yc") + EOS)]
     body |= {"prompt": [120]}
     answer = (await client.post("/v1/completions", json=body)).json()
-    assert answer["choices"][0]["reward"] == BOS + byte_sum("xc")
+    assert answer["choices"][0]["reward"] == BOS + byte_sum("xc") + EOS
     assert state.num_sequences == 0
 
 
@@ -175,6 +181,35 @@ async def test_a_single_answer_may_be_scored_too(client, engine):
     body = {"model": "base", "messages": USER, "seed": 0, "best_of": 1, "reward_adapter": "judge"}
     answer = (await client.post("/v1/chat/completions", json=body)).json()
     assert [choice["reward"] for choice in answer["choices"]] == [pair("hi", "a")]
+
+
+async def test_an_empty_candidate_has_a_score_too(client, engine):
+    engine.answer = lambda request: "x" * request.params.seed
+    body = {"seed": 0, "best_of": 2, "n": 2, "reward_adapter": "judge", "model": "base"}
+    answer = (await client.post("/v1/chat/completions", json={**body, "messages": USER})).json()
+    found = [(choice["message"]["content"], choice["reward"]) for choice in answer["choices"]]
+    assert found == [("x", pair("hi", "x")), ("", byte_sum("<user>hi\n<assistant>\n"))]
+    answer = (await client.post("/v1/completions", json={**body, "prompt": "p"})).json()
+    found = [(choice["text"], choice["reward"]) for choice in answer["choices"]]
+    assert found == [("x", BOS + byte_sum("px") + EOS), ("", BOS + byte_sum("p"))]
+
+
+async def test_a_conversation_has_the_tokens_of_its_training_pair(client, state, engine):
+    talk = [*USER, {"role": "assistant", "content": "yo"}]
+    await scores(client, messages=talk)
+    model = served_model(
+        tokenizer=state.tokenizer,
+        template=template_for(state, None, "base"),
+        eos_token_ids=(EOS,),
+        vocab_size=258,
+        max_seq_len=512,
+    )
+    better = conversation([("user", "hi"), ("assistant", "yo")])
+    worse = conversation([("user", "hi"), ("assistant", "no")])
+    (learnt, _), _ = sequences_of(
+        model, Pair(chosen=better, rejected=worse), "preference", Counter()
+    )
+    assert list(engine.requests[0].prompt_token_ids) == learnt
 
 
 async def test_a_message_that_is_continued_is_scored_whole(client, engine):
@@ -255,3 +290,17 @@ async def test_an_engine_that_dies_while_scoring_is_a_503(client, state, engine)
     response = await client.post("/v1/chat/completions", json=body)
     assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_restarting")
     assert state.num_sequences == 0
+
+
+async def test_model_cards_say_who_scores_loaded_or_not(client, state, tmp_path):
+    add_adapter(state, "chat")
+    for name, task in (("ft:judge", "SEQ_CLS"), ("ft:chat", "CAUSAL_LM"), ("ft:broken", None)):
+        folder = tmp_path / task if task else tmp_path
+        folder.mkdir(exist_ok=True)
+        if task:
+            (folder / "adapter_config.json").write_text(json.dumps({"task_type": task}))
+        state.adapters.fine_tuned[name] = folder
+    cards = (await client.get("/v1/models")).json()["data"]
+    found = {card["id"] for card in cards if card.get("has_score_head")}
+    assert found == {"judge", "ft:judge"}
+    assert len(cards) == 6

@@ -58,7 +58,16 @@ class FakeApi:
             return refusal
         base = {"id": "herd-demo", "object": "model", "parent": None, "max_model_len": 512}
         names = self.training.generations if self.is_ready else ()
-        cards = [base | {"id": name, "parent": "herd-demo", "generation": 3} for name in names]
+        cards = [
+            base
+            | {
+                "id": name,
+                "parent": "herd-demo",
+                "generation": self.training.current[name],
+                "has_score_head": name in self.training.judges,
+            }
+            for name in names
+        ]
         return JSONResponse({"object": "list", "data": [base, *cards]})
 
     async def chat(self, request: Request) -> Response:

@@ -41,6 +41,19 @@ def test_the_page_introduces_itself(page):
     ]
 
 
+def test_who_scores_answers_is_not_asked_for_any(page, api):
+    api.training.judges.append("pirate")
+    page.get_by_role("button", name="↻ Adapters").click()
+    wait_until(lambda: picker_options(page) == ["guanaco · gen 3", "herd-demo (base)"], "offered")
+
+
+def picker_options(page):
+    picker(page, "Who answers").click()
+    names = page.get_by_role("option").all_inner_texts()
+    page.keyboard.press("Escape")
+    return sorted(re.sub(r"^\W+", "", name) for name in names)
+
+
 def test_an_answer_streams_and_is_labelled(page):
     ask(page, "slow")
     line = bylines(page)

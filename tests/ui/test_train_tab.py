@@ -95,6 +95,7 @@ def test_a_file_becomes_an_adapter_that_is_compared_put_in_place_and_rolled_back
     expect(button(tab, "Roll guanaco back")).to_have_count(0)
     button(tab, "Use it as guanaco").click()
     expect(button(tab, "Roll guanaco back")).to_be_visible()
+    expect(tab.get_by_text("guanaco answers in generation 4.")).to_be_visible()
     assert training.loads == [
         {"lora_name": "guanaco", "lora_path": "ft:demo:mine", "load_inplace": True}
     ]
@@ -109,8 +110,12 @@ def test_a_file_becomes_an_adapter_that_is_compared_put_in_place_and_rolled_back
 
 def test_collected_feedback_is_exported_and_chooses_its_method(tab, training):
     picker(tab, "Learn from").click()
-    tab.get_by_role("option", name="Collected feedback: 1 pairs").click()
+    tab.get_by_role("option", name="Collected feedback: 1 pair of answers").click()
     expect(tab.get_by_role("radio", name="Prefer the better of two")).to_be_checked()
+    choose_method(tab, "Imitate good answers")
+    button(tab, "Start training").click()
+    expect(tab.locator("#herd-status")).to_contain_text("Pairs of a better and a worse answer are")
+    choose_method(tab, "Prefer the better of two")
     button(tab, "Start training").click()
     wait_until(lambda: training.created, "nothing was started")
     assert training.files[0]["filename"] == "feedback-preference.jsonl"
@@ -171,7 +176,7 @@ def test_a_reward_run_needs_no_comparison_and_a_policy_run_needs_its_adapter(tab
     expect(picker(tab, "Scored by")).to_be_hidden()
     button(tab, "Start training").click()
     expect(tab.locator("#herd-status")).to_contain_text("It scores answers", timeout=DONE_MS)
-    expect(tab.get_by_text("Ask both: before and after")).to_be_hidden()
+    expect(tab.get_by_text("Before and after")).to_be_hidden()
     training.judges.append("ft:demo:x")
     tab.get_by_role("tab", name="Chat").click()
     open_tab(tab)

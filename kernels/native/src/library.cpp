@@ -165,6 +165,24 @@ HERD_EXPORT void herd_add_lora(int dtype, void* y, long y_stride, const void* x,
                          tokens);
 }
 
+HERD_EXPORT void herd_rms_norm_backward(int dtype, const void* x, const void* weight,
+                                        const void* grad, float eps, long num_rows, long size,
+                                        void* out) {
+  herd::chosen->rms_norm_backward(dtype, x, weight, grad, eps, num_rows, size, out);
+}
+
+HERD_EXPORT void herd_silu_and_mul_backward(int dtype, const void* gate_up, const void* grad,
+                                            long num_tokens, long size, void* out) {
+  herd::chosen->silu_and_mul_backward(dtype, gate_up, grad, num_tokens, size, out);
+}
+
+HERD_EXPORT void herd_label_logps(int dtype, void* logits, long num_rows, long size,
+                                  const int64_t* labels, float factor, const float* slopes,
+                                  float* logps, uint8_t* is_correct) {
+  herd::chosen->label_logps(dtype, logits, num_rows, size, labels, factor, slopes, logps,
+                            is_correct);
+}
+
 HERD_EXPORT void herd_decode(const herd::Decoder* decoder, const herd::Step* step) {
   herd::chosen->decode(decoder, step);
 }

@@ -94,6 +94,7 @@ def run_step(
     batches: list[TokenBatch],
     objective: Objective,
     seed: int = 0,
+    kept_bytes: int = 0,
 ) -> list:
     """Gradients of one effective batch; the micro-batches' results."""
     adapter.zero_grads()
@@ -101,7 +102,13 @@ def run_step(
     return [
         finish(
             forward_backward(
-                model, adapter, batch, objective, denominator=denominator, seed=seed + index
+                model,
+                adapter,
+                batch,
+                objective,
+                denominator=denominator,
+                seed=seed + index,
+                kept_bytes=kept_bytes,
             )
         )
         for index, batch in enumerate(batches)

@@ -11,8 +11,10 @@ from engine.train.forward_backward import (
     forward_backward,
     token_logps,
 )
+from engine.train.layer import activation_bytes
 from engine.train.noise import dropout_mask, noise_seed
 from engine.train.objectives import Objective, denominator_of
+from engine.train.updates import training_updates
 from tests.engine.tiny_models import load, run_prompts, save_model
 from tests.engine.train.peft_oracle import (
     assert_grads_close,
@@ -83,14 +85,27 @@ def test_dropout_in_the_recomputation_is_that_of_the_forward_pass(model):
 
     loss()
     gradient = flat_grads(adapter)
-    directions = [torch.randn(group.master.shape) for group in adapter.groups]
+    generator = torch.Generator().manual_seed(3)
+    directions = [torch.randn(group.master.shape, generator=generator) for group in adapter.groups]
     slope = float(torch.cat(directions) @ gradient) * float(batch.loss_weights.sum())
     losses = []
     for step in (1e-3, -2e-3):
         for group, direction in zip(adapter.groups, directions, strict=True):
             group.master.add_(direction, alpha=step)
         losses.append(loss())
-    assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(slope, rel=2e-3)
+    assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(slope, rel=1e-2)
+
+
+def test_activations_kept_instead_of_computed_again_change_no_bit(model):
+    adapter = new_adapter(model, dropout=0.3)
+    batch = batch_of(random_sequences((13, 9)))
+    results, grads = [], []
+    one_layer = activation_bytes(model, batch, training_updates(adapter, seed=0, denominator=1.0))
+    for kept_bytes in (0, one_layer, 10 * one_layer):
+        results.append(run_step(model, adapter, [batch], SUPERVISED, kept_bytes=kept_bytes))
+        grads.append(flat_grads(adapter))
+    assert results[0] == results[1] == results[2]
+    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
 
 
 def test_the_seed_decides_the_masks(model):
@@ -142,7 +157,9 @@ def test_a_slice_is_half_a_layer_and_holds_no_state_of_the_thread(model):
     grads = flat_grads(adapter)
     adapter.zero_grads()
     denominator = denominator_of(SUPERVISED, batch)
-    running = forward_backward(model, adapter, batch, SUPERVISED, denominator=denominator, seed=0)
+    running = forward_backward(
+        model, adapter, batch, SUPERVISED, denominator=denominator, seed=0, kept_bytes=0
+    )
     num_slices = 0
     while True:
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
@@ -162,7 +179,9 @@ def test_a_slice_is_half_a_layer_and_holds_no_state_of_the_thread(model):
 def test_layers_below_the_lowest_adapted_one_are_not_run_again(model):
     adapter = new_adapter(model, target_modules=(r"model\.layers\.1\..*",))
     batch = batch_of(random_sequences((13, 9)))
-    running = forward_backward(model, adapter, batch, SUPERVISED, denominator=1.0, seed=0)
+    running = forward_backward(
+        model, adapter, batch, SUPERVISED, denominator=1.0, seed=0, kept_bytes=0
+    )
     assert sum(1 for _ in running) == 2 * model.spec.num_layers + 4 + 2
     assert [group.name for group in adapter.groups] == ["layers.1"]
 

@@ -5,7 +5,7 @@ import torch
 
 from engine.api import TrainingCheckpoint, TrainingProgress, TrainingStarted
 from engine.errors import EngineError, NotEnoughMemory, RequestError
-from engine.train import accumulation
+from engine.train import accumulation, evaluation
 from engine.train.out_of_memory import is_out_of_memory
 from engine.train.token_dataset import make_dataset, save_dataset
 from tests.engine.tiny_models import save_model
@@ -155,40 +155,57 @@ def test_stopping_in_an_evaluation_repeats_it_later(tmp_path, model):
     assert same_adapter(tmp_path / "whole" / "final", tmp_path / "stopped" / "final")
 
 
-def test_the_result_is_the_best_checkpoint(tmp_path, model):
-    # A rate at which the validation loss rises after a while.
-    job = make_job(tmp_path / "job", validation=True, max_steps=20, learning_rate=0.3)
-    events = run_job(job, model)
-    checkpoints = of(events, TrainingCheckpoint)
-    best = min(checkpoints, key=lambda event: metric(event, "valid_loss"))
-    assert best.is_best
-    assert best.step < 20
-    assert same_adapter(tmp_path / "job" / "final", tmp_path / "job" / f"checkpoint-{best.step}")
+def script_losses(monkeypatch, *losses):
+    """Have the evaluations find these losses, one after another."""
+    remaining = list(losses)
+
+    def found(_run, _check_stop):
+        yield
+        return {"loss": remaining.pop(0)}
+
+    monkeypatch.setattr(evaluation, "_losses", found)
 
 
-def test_only_the_newest_and_the_best_checkpoint_are_kept(tmp_path, model):
+def test_the_result_is_the_best_checkpoint(tmp_path, model, monkeypatch):
+    script_losses(monkeypatch, 3.0, 1.0, 2.0)
+    events = run_job(make_job(tmp_path / "job", validation=True), model)
+    assert [event.is_best for event in of(events, TrainingCheckpoint)] == [True, True, False]
+    assert same_adapter(tmp_path / "job" / "final", tmp_path / "job" / "checkpoint-4")
+    assert not same_adapter(tmp_path / "job" / "final", tmp_path / "job" / "checkpoint-6")
+
+
+def test_a_better_evaluation_makes_a_checkpoint_of_its_own(tmp_path, model, monkeypatch):
+    script_losses(monkeypatch, 3.0, 2.0, 2.5)
+    job = make_job(tmp_path / "job", validation=True, save_every_steps=6)
+    assert checkpoint_steps(run_job(job, model)) == [2, 4, 6]
+
+
+def test_a_loss_that_is_not_a_number_is_never_the_best(tmp_path, model, monkeypatch):
+    script_losses(monkeypatch, float("nan"), 2.0, float("nan"))
+    events = run_job(make_job(tmp_path / "job", validation=True), model)
+    assert [event.is_best for event in of(events, TrainingCheckpoint)] == [False, True, False]
+
+
+def test_only_the_newest_and_the_best_checkpoint_are_kept(tmp_path, model, monkeypatch):
+    script_losses(monkeypatch, 1.0, 2.0, 3.0, 4.0)
+    job = make_job(tmp_path / "job", validation=True, max_steps=8, keep_checkpoints=2)
+    run_job(job, model)
+    kept = sorted(path.name for path in (tmp_path / "job").glob("checkpoint-*"))
+    assert kept == ["checkpoint-2", "checkpoint-6", "checkpoint-8"]
+
+
+def test_training_ends_early_when_nothing_gets_better(tmp_path, model, monkeypatch):
+    script_losses(monkeypatch, 2.0, 1.0, 1.5, 1.0)
     job = make_job(
-        tmp_path / "job", validation=True, max_steps=20, learning_rate=0.3, keep_checkpoints=2
-    )
-    best = [event.step for event in of(run_job(job, model), TrainingCheckpoint) if event.is_best]
-    kept = sorted(int(path.name[11:]) for path in (tmp_path / "job").glob("checkpoint-*"))
-    assert kept == sorted({best[-1], 18, 20})
-
-
-def test_training_ends_early_when_nothing_gets_better(tmp_path, model):
-    job = make_job(
-        tmp_path / "job",
-        validation=True,
-        max_steps=60,
-        learning_rate=0.3,
+        tmp_path / "job", validation=True, max_steps=60, save_every_steps=60,
         early_stopping_patience=2,
-    )
+    )  # fmt: skip
     events = run_job(job, model)
     assert ended(events).status == "succeeded"
-    best = [event.step for event in of(events, TrainingCheckpoint) if event.is_best][-1]
-    assert ended(events).step == best + 4 < 60
+    assert ended(events).step == 8
+    assert same_adapter(tmp_path / "job" / "final", tmp_path / "job" / "checkpoint-4")
     again = run_job(job, model)
-    assert ended(again).step == best + 4
+    assert ended(again).step == 8
     assert of(again, TrainingProgress) == []
 
 
@@ -353,19 +370,16 @@ def test_a_full_disk_is_told_and_the_next_checkpoint_is_tried(tmp_path, model):
     assert names == ["checkpoint-4", "checkpoint-6", "final"]
 
 
-def test_a_best_checkpoint_that_could_not_be_written_is_not_the_best(tmp_path, model):
-    attempts = []
-
+def test_a_best_checkpoint_that_could_not_be_written_is_not_the_best(tmp_path, model, monkeypatch):
     def write(path, weights, config):
-        attempts.append(path.name)
-        if len(attempts) == 1:
+        if path.name == ".checkpoint-4.unfinished":
             raise OSError(28, "No space left on device")
         write_plain(path, weights, config)
 
-    job = make_job(tmp_path / "job", validation=True, max_steps=4, learning_rate=0.3)
-    events = run_job(job, model, write_adapter=write)
-    assert [event.is_best for event in of(events, TrainingCheckpoint)] == [True]
-    assert ended(events).status == "succeeded"
+    script_losses(monkeypatch, 3.0, 1.0, 2.0)
+    events = run_job(make_job(tmp_path / "job", validation=True), model, write_adapter=write)
+    assert [event.is_best for event in of(events, TrainingCheckpoint)] == [True, True]
+    assert same_adapter(tmp_path / "job" / "final", tmp_path / "job" / "checkpoint-6")
 
 
 def test_a_disk_that_is_full_to_the_end_fails_the_job(tmp_path, model):

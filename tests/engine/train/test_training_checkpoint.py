@@ -9,7 +9,6 @@ from engine.lora import LoraModule, LoraWeights
 from engine.train.checkpoint import (
     DamagedCheckpoint,
     TrainerState,
-    check_same_run,
     finite_metrics,
     list_checkpoints,
     load_checkpoint,
@@ -19,6 +18,7 @@ from engine.train.checkpoint import (
     save_checkpoint,
 )
 from engine.train.config import TrainConfig
+from engine.train.resume import check_same_run
 from tests.engine.train.training_jobs import ADAPTER_FILE, write_plain
 
 WEIGHTS = LoraWeights(modules={"m": LoraModule(a=torch.ones(2, 3), b=torch.ones(4, 2))})

@@ -1,6 +1,7 @@
 """Tokenizers and chat templates of the kinds that are in use, and what a server would make of a
 request with them."""
 
+import importlib.util
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,6 +71,16 @@ TEMPLATES = {
 def template(name: str) -> ChatTemplate:
     found = TEMPLATES[name]
     return found if isinstance(found, ChatTemplate) else ChatTemplate(source=found, origin=name)
+
+
+def published_template(name: str) -> ChatTemplate:
+    """A well-known model's template, of those that come with trl; skips where it is not there."""
+    found = importlib.util.find_spec("trl")
+    folders = found.submodule_search_locations if found is not None else None
+    path = Path(next(iter(folders or ["trl"]))) / "chat_templates" / f"{name}.jinja"
+    if not path.is_file():
+        pytest.skip(f"trl has no {path.name} here")
+    return ChatTemplate(source=path.read_text(encoding="utf-8"), origin=name)
 
 
 def byte_level_tokenizer(folder: Path) -> Tokenizer:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.train.token_dataset import load_dataset, save_dataset
-from server.chat_template import GUANACO, GUANACO_SYSTEM
+from server.chat_template import GUANACO, GUANACO_SYSTEM, ChatTemplate
 from server.datasets.prepare import prepare
 from server.datasets.problems import MAX_SHOWN, DatasetErrors
 from tests.server.fake_engine import EOS, byte_tokenizer
@@ -320,6 +320,20 @@ def test_data_for_another_method_are_refused_once(problems, records, method, mes
 def test_conversations_need_a_chat_template(problems):
     ((_, message),) = problems([{"messages": [HI, YO]}] * 3, template=None)
     assert "the model has no chat template" in message
+
+
+THINKS_FIRST = (
+    "{{ messages[0].content }}{% if add_generation_prompt %}<think>{% endif %}"
+    "{{ messages[1].content if messages | length > 1 }}"
+)
+
+
+def test_a_template_that_writes_answers_unlike_its_prompts_is_said_once(run, problems):
+    template = ChatTemplate(source=THINKS_FIRST, origin="the base model's template")
+    ((line, message),) = problems([{"messages": [HI, YO]}] * 3, template=template)
+    assert line is None
+    assert "the base model's template does not write answers, or not as" in message
+    assert texts(run([{"messages": [HI, YO]}], "grpo", template=template)) == [("Hi<think>", "")]
 
 
 def test_a_model_without_end_token_cannot_be_trained(problems):

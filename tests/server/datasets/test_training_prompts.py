@@ -21,6 +21,7 @@ from tests.server.datasets.served_models import (
     TOKENIZERS,
     make_model,
     make_tokenizer,
+    published_template,
     served_chat_prompt,
     served_prompt,
     template,
@@ -72,9 +73,12 @@ def without_weights(messages):
     return [{k: v for k, v in message.items() if k != "weight"} for message in messages]
 
 
-def check_answers(model, record, notes=None):
-    """Every learnt answer of a conversation stands behind the prompt that the server builds."""
-    tools = record.get("tools")
+def check_prompts(model, record, notes=None):
+    """Every learnt answer stands behind the prompt that the server builds, and has one end token.
+
+    Returns:
+        The sequences, and (message, learnt tokens) of each answer.
+    """
     messages = without_weights(record["messages"])
     notes = Notes() if notes is None else notes
     sequences = sequences_of(model, read_chat(record), "supervised", notes)
@@ -90,13 +94,20 @@ def check_answers(model, record, notes=None):
     ]
     assert len(found) == len(learnt)
     for (prompt, answer, weight), (index, given_weight) in zip(found, learnt, strict=True):
-        assert prompt == served_chat_prompt(model, messages[:index], tools)
+        assert prompt == served_chat_prompt(model, messages[:index], record.get("tools"))
         assert weight == given_weight
         assert answer[-1] in model.eos_token_ids
         assert not set(answer[:-1]) & set(model.eos_token_ids)
-        content = messages[index].get("content") or ""
-        said = model.tokenizer.decode(answer, skip_special_tokens=True)
-        assert said.replace("<think>\n\n</think>\n\n", "").strip().startswith(content.strip())
+    return sequences, [(messages[i], found[n][1]) for n, (i, _) in enumerate(learnt)]
+
+
+def check_answers(model, record, notes=None):
+    """As check_prompts; and the learnt tokens say what the message says."""
+    sequences, answers = check_prompts(model, record, notes)
+    for message, token_ids in answers:
+        said = model.tokenizer.decode(token_ids, skip_special_tokens=True)
+        said = said.replace("<think>\n\n</think>\n\n", "").strip()
+        assert said.startswith((message.get("content") or "").strip())
     return sequences
 
 
@@ -171,13 +182,7 @@ TWO_TURNS = [
 
 @pytest.mark.parametrize(
     ("name", "num_sequences"),
-    [
-        ("zephyr", 1),
-        ("llama-2", 1),
-        ("without-template", 1),
-        ("guanaco", 2),
-        ("reasoning", 2),
-    ],  # fmt: skip
+    [("zephyr", 1), ("llama-2", 1), ("without-template", 1), ("guanaco", 2), ("reasoning", 2)],
 )
 def test_a_conversation_is_one_sequence_where_the_template_keeps_what_was_generated(
     tokenizer, name, num_sequences
@@ -187,6 +192,35 @@ def test_a_conversation_is_one_sequence_where_the_template_keeps_what_was_genera
     sequences = check_answers(model, {"messages": TWO_TURNS}, notes)
     assert len(sequences) == num_sequences
     assert notes[SPLIT] == (num_sequences > 1)
+
+
+PUBLISHED = (
+    "llama3_1", "qwen2_5", "qwen3", "qwen3_instruct_2507", "gemma3", "phi3_5", "cohere2", "lfm2",
+    "glm4moe", "gptoss",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_templates_of_published_models_can_be_trained_with(tokenizer, name):
+    model = make_model(*tokenizer, published_template(name))
+    call = {"name": "weather", "arguments": '{"town": "Rome"}'}
+    calls = [{"id": "call_0", "type": "function", "function": call}]
+    conversation = [
+        *TWO_TURNS,
+        {"role": "user", "content": "The weather?"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "call_0", "content": "sun"},
+        {"role": "assistant", "content": "Sun."},
+    ]
+    check_prompts(model, {"messages": conversation, "tools": TOOLS})
+    check_prompts(model, {"messages": TWO_TURNS})
+
+
+@pytest.mark.parametrize("name", ["deepseek_r1_distill", "nemotron_3_nano", "smolvlm"])
+def test_published_templates_that_nothing_can_be_learnt_with_are_refused(tokenizer, name):
+    model = make_model(*tokenizer, published_template(name))
+    with pytest.raises(BadRecord, match="does not write answers, or not as its prompts begin them"):
+        sequences_of(model, read_chat({"messages": TWO_TURNS}), "supervised", Notes())
 
 
 def test_an_answer_that_begins_with_the_prompts_last_characters_is_tokenised_behind_it(tokenizer):
@@ -199,7 +233,7 @@ def test_a_template_that_writes_an_answer_unlike_its_prompt_is_refused(tokenizer
     source = "{{ messages[0].content }}{% if add_generation_prompt %}<think>{% endif %}"
     source += "{{ messages[1].content if messages | length > 1 }}"
     model = make_model(*tokenizer, ChatTemplate(source=source, origin="the test's template"))
-    with pytest.raises(BadRecord, match="message 1: the test's template writes this answer"):
+    with pytest.raises(BadRecord, match="message 1: the test's template does not write answers"):
         sequences_of(model, read_chat({"messages": TWO_TURNS[:2]}), "supervised", Notes())
 
 
