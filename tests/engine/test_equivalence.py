@@ -340,21 +340,23 @@ def test_guessed_tokens_follow_a_real_grammar(models):
     assert engine.scheduler.speculation.num_accepted_tokens > 10
 
 
-def test_recorded_decode_steps_say_what_others_say(models):
+@pytest.mark.parametrize("guessing", [False, True], ids=["plain", "guessing"])
+def test_recorded_decode_steps_say_what_others_say(models, guessing):
     """The real model, pool and attention; a backend that records on the CPU."""
     folder, _ = models["llama"]
     refs = [AdapterRef(uid=uid, generation=1, name=f"a{uid}", path="") for uid in (1, 2)]
     choices = [(None, 1.0), (refs[0], 1.0), (refs[1], 0.5), (refs[1], 0.0)]
     asked = [request(n, 20 + n, *choices[n % 4], logprobs=1) for n in range(7)]
     plain = run(make_engine(folder), asked)
-    engine = make_engine(folder)
+    config = '{"num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}'
+    engine = make_engine(folder, speculative_config=config if guessing else None)
     runner, backend = engine._runner, Recorder()
     runner._graphs = DecodeGraphs(
         runner.model,
         runner.kv_caches,
         runner.lora_pool,
         backend,
-        sizes=(1, 2, 4, 8),
+        sizes=(1, 2, 4, 8, 32),
         block_size=4,
         max_num_blocks=64,
         device=torch.device("cpu"),
@@ -362,5 +364,6 @@ def test_recorded_decode_steps_say_what_others_say(models):
     found = run(engine, asked)
     assert texts(found) == texts(plain)
     for name, deltas in plain.items():
-        assert [d.logprobs for d in deltas] == [d.logprobs for d in found[name]]
+        expected = [entry for d in deltas for entry in d.logprobs]
+        assert [entry for d in found[name] for entry in d.logprobs] == expected
     assert backend.num_replayed > 10
