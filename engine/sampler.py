@@ -28,7 +28,6 @@ from kernels.sampling import (
     uniform,
 )
 
-
 NO_TOKEN, BROKEN = -1, -2
 """In the place of a token id: nothing is left to choose from; the logits are not finite."""
 
