@@ -1,7 +1,9 @@
 """Herd's entry: flags become configs, configs become objects, and the objects run.
 
     python serve.py [flags]                 serve the embedded demo, or --base and its --adapter
+    python serve.py train --base BASE --data FILE --output FOLDER [flags]      fine-tune an adapter
     python serve.py quantize SRC DST        write a bitsandbytes 4-bit copy of a 16-bit checkpoint
+    python serve.py plan --base BASE        what serving and training need of a GPU; loads nothing
 
 The engine worker is spawned from this file and imports it again: heavy imports stay in functions.
 """
@@ -46,6 +48,14 @@ def main(argv: list[str] | None = None) -> int:
         refuse_foreign_kernels()
         if words[:1] == ["quantize"]:
             return quantize(words[1:])
+        if words[:1] == ["plan"]:
+            from server.plan import plan
+
+            return plan(words[1:])
+        if words[:1] == ["train"]:
+            from server.train_command import train_command
+
+            return train_command(words[1:])
         engine_config, server_config = parse_serve_flags(words)
         return asyncio.run(serve(engine_config, server_config))
     except (EngineError, ValueError) as error:
@@ -85,7 +95,9 @@ def parse_serve_flags(words: list[str]) -> tuple[EngineConfig, ServerConfig]:
         prog="serve.py",
         usage="serve.py [flags]",
         description="Serve one 4-bit base model and a herd of LoRA adapters over the OpenAI API.",
-        epilog="python serve.py quantize --help: write a 4-bit copy of a 16-bit checkpoint.",
+        epilog="python serve.py train --help: fine-tune an adapter. "
+        "python serve.py quantize --help: write a 4-bit copy of a 16-bit checkpoint. "
+        "python serve.py plan --help: what a model needs of a GPU.",
     )
     for config_class in (ModelConfig, ServerConfig, SchedulerConfig, CacheConfig, LoraConfig):
         add_flags(parser, config_class)
@@ -144,6 +156,7 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
         loading.cancel()
         server.should_exit = True  # not force_exit, which tears the app down with a traceback
         await asyncio.gather(loading, serving, return_exceptions=True)
+        await state.jobs.stop()
         await engine.stop(0.0)
         state.registry.close()
     return 0
@@ -206,14 +219,24 @@ def compose(
     from adapters.confine import startup_roots
     from adapters.format import read_ref
     from adapters.resolve import DEMO_BASE, parse_adapter, resolve_adapter, resolve_base
+    from adapters.writer import write_trained
     from engine.model_config import ModelSpec
     from server.adapters import Adapters
     from server.chat_template import load_override
+    from server.data_folder import open_data_folder
+    from server.database import Database
+    from server.datasets.prepare import prepare
     from server.engine_client import EngineClient
+    from server.feedback import Feedback
+    from server.files import Files
+    from server.job_data import Workshop
+    from server.jobs import Jobs
+    from server.metric_sinks import check_tensorboard
     from server.metrics import Metrics
     from server.state import ServerState, model_names
     from server.tokenizer import load_tokenizer
 
+    check_tensorboard(config.tensorboard_dir)
     base = engine_config.model.base
     for flag, path in (("--adapter-dir", config.adapter_dir), ("--model-dir", config.model_dir)):
         if path is not None and not Path(path).is_dir():
@@ -229,7 +252,12 @@ def compose(
         adapters[name] = resolve_adapter(source, base, folders)
     names = model_names(config, base if base == DEMO_BASE else folder)
     metrics = Metrics(names[0])
-    engine = EngineClient(engine_config, folder, functools.partial(read_ref, spec=spec))
+    engine = EngineClient(
+        engine_config,
+        folder,
+        functools.partial(read_ref, spec=spec),
+        functools.partial(write_trained, base_model=names[0]),
+    )
     loader = Adapters(
         spec,
         engine,
@@ -241,19 +269,48 @@ def compose(
         reserved_names=names,
     )
     engine.on_restart = loader.reload_all
+    tokenizer = load_tokenizer(Path(engine_config.model.tokenizer or folder))
+    chat_template = load_override(config.chat_template) if config.chat_template else None
+    data = open_data_folder(config.data_dir, default_data_dir())
+    database = Database(config.database or data.database_url())
+    database.open()
+    files = Files(database, data)
+    shop = Workshop(
+        database=database,
+        folder=data,
+        files=files,
+        engine=engine,
+        adapters=loader,
+        tokenizer=tokenizer,
+        spec=spec,
+        prepare=prepare,
+        model_names=names,
+        chat_template=chat_template,
+        max_lora_rank=engine_config.lora.max_lora_rank,
+        tensorboard_dir=config.tensorboard_dir,
+    )
     state = ServerState(
         config=config,
         engine=engine,
         registry=loader.registry,
         adapters=loader,
-        tokenizer=load_tokenizer(Path(engine_config.model.tokenizer or folder)),
+        tokenizer=tokenizer,
         model_names=names,
         base_path=str(folder),
         max_num_seqs=engine_config.scheduler.max_num_seqs,
         metrics=metrics,
-        chat_template=load_override(config.chat_template) if config.chat_template else None,
+        files=files,
+        feedback=Feedback(database, files, is_on=config.feedback),
+        jobs=Jobs(shop),
+        chat_template=chat_template,
     )
     return state, engine, adapters
+
+
+def default_data_dir() -> Path:
+    """Where the XDG base directory specification wants a user's data."""
+    home = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    return Path(home) / "herd"
 
 
 def make_app(state: ServerState, config: ServerConfig, url: str) -> Any:
@@ -280,6 +337,7 @@ async def load(engine: EngineClient, state: ServerState, adapters: dict[str, Pat
         await asyncio.gather(bars, return_exceptions=True)
     for name, path in adapters.items():
         await state.adapters.load_at_start(name, path)
+    await state.jobs.start(info)
     return info
 
 

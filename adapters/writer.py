@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from adapters.folder import CHAT_TEMPLATE_FILE, CONFIG_FILE, WEIGHTS_FILE
 from adapters.layout import FINGERPRINT_KEY, PREFIX
 from engine.lora import EMBEDDING, LoraWeights
+from engine.train.config import TrainConfig
 
 
 def write_adapter(
@@ -98,6 +100,33 @@ def write_adapter(
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if chat_template is not None:
         (folder / CHAT_TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
+
+
+def write_trained(
+    path: Path,
+    weights: LoraWeights,
+    config: TrainConfig,
+    chat_template: str | None,
+    *,
+    base_model: str,
+) -> None:
+    """write_adapter for an adapter that is being trained: what serve.py hands to the worker.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    try:
+        write_adapter(
+            path,
+            weights,
+            base_model=base_model,
+            alpha=config.alpha,
+            use_rslora=config.use_rslora,
+            task_type="SEQ_CLS" if config.method == "reward" else "CAUSAL_LM",
+            chat_template=chat_template,
+        )
+    except SafetensorError as error:  # its own name for a disk that is full
+        raise OSError(f"{WEIGHTS_FILE}: {error}") from error
 
 
 def _key(parameter: str, weights: LoraWeights) -> str:

@@ -58,6 +58,11 @@ class AdapterCommands:
         self._unloads.setdefault(command.ref, []).append(command.command_id)
         self._forget_unused(command.ref)
 
+    def drop(self, ref: AdapterRef) -> None:
+        """unload, for one that nobody waits for."""
+        self._unloads.setdefault(ref, [])
+        self._forget_unused(ref)
+
     def begin_use(self, ref: AdapterRef | None) -> None:
         """A request that names this adapter has been accepted."""
         if ref is not None:

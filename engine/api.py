@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.train.config import TrainConfig
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -115,6 +117,9 @@ class LoadAdapter:
     ref: AdapterRef
     pinned: bool = False
     """A pinned adapter keeps its pool row until it is unloaded."""
+    from_training: str | None = None
+    """Folder that a TrainingCheckpoint or TrainingEnded has named: take those weights from the
+    trainer's memory where they are still there (ref.path names the same weights on disk)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,11 +131,57 @@ class UnloadAdapter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingJob:
+    """One adapter to train, or to go on training: a job whose folder holds a checkpoint resumes."""
+
+    job_id: str
+    folder: str
+    """The job's own: checkpoint-<step> folders are written here, and `final` at the end."""
+    data_path: str
+    """Tokens and loss weights, as engine/train/token_dataset.py stores them."""
+    validation_path: str | None = None
+    config: TrainConfig = field(default_factory=TrainConfig)
+    start_from: AdapterRef | None = None
+    """Adapter whose weights training begins with; None: a fresh one."""
+    reference: AdapterRef | None = None
+    """dpo and grpo: the frozen adapter to stay close to; None: the base."""
+    reward_adapter: AdapterRef | None = None
+    """grpo: who scores the answers."""
+    chat_template: str | None = None
+    """Of the prompts that it learns to answer, kept beside the adapter; None: the base's own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartTraining:
+    """Train while serving; answered by TrainingEvents, the last one a TrainingEnded. One job runs
+    at a time."""
+
+    job: TrainingJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopTraining:
+    """End a job before its next micro-batch, with a checkpoint of the last whole step; it still
+    ends in one TrainingEnded."""
+
+    job_id: str
+    status: Literal["paused", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Shutdown:
     """Stop the worker; requests still running end as cancelled."""
 
 
-Command = GenerateRequest | CancelRequest | LoadAdapter | UnloadAdapter | Shutdown
+Command = (
+    GenerateRequest
+    | CancelRequest
+    | LoadAdapter
+    | UnloadAdapter
+    | StartTraining
+    | StopTraining
+    | Shutdown
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +238,12 @@ class EngineStats:
     num_adapter_evictions: int = 0
     adapter_load_s: float = 0.0
     """Seconds spent reading and placing adapters, in total."""
+    num_drafts: int = 0
+    """Times that tokens were guessed for a sequence."""
+    num_draft_tokens: int = 0
+    """Tokens guessed."""
+    num_accepted_tokens: int = 0
+    """Tokens guessed that became part of a text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +263,75 @@ class AdapterReply:
     load_s: float = 0.0
     num_bytes: int = 0
     """Memory that the adapter takes in a pool row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingStarted:
+    """A job runs: what was chosen for it."""
+
+    job_id: str
+    config: TrainConfig
+    """Every field that was None is filled in."""
+    num_steps: int
+    num_samples: int
+    step: int = 0
+    """Optimizer steps done before: 0, or where a resumed job goes on."""
+    num_trainable_parameters: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingProgress:
+    """One optimizer step is done."""
+
+    job_id: str
+    step: int
+    num_steps: int
+    trained_tokens: int
+    """Since the job began, over all epochs."""
+    metrics: tuple[tuple[str, float], ...]
+    """train_loss, learning_rate, grad_norm, tokens_per_s and the method's own."""
+    remaining_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingCheckpoint:
+    """A checkpoint is on disk, complete."""
+
+    job_id: str
+    step: int
+    path: str
+    """PEFT folder; the trainer's own state lies in it besides."""
+    metrics: tuple[tuple[str, float], ...]
+    """Those of the step, and valid_ ones where there was an evaluation."""
+    is_best: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingNote:
+    """Something that the job's owner should know: a skipped step, a halved micro-batch."""
+
+    job_id: str
+    level: Literal["info", "warn", "error"]
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingEnded:
+    """The last word on a job, until it is started again."""
+
+    job_id: str
+    status: Literal["succeeded", "failed", "cancelled", "paused"]
+    step: int = 0
+    trained_tokens: int = 0
+    path: str | None = None
+    """succeeded: the PEFT folder of the result (the best checkpoint, else the last)."""
+    error: ErrorInfo | None = None
+    """Set exactly when the status is "failed"."""
+
+
+TrainingEvent = (
+    TrainingStarted | TrainingProgress | TrainingCheckpoint | TrainingNote | TrainingEnded
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,6 +362,8 @@ class EngineInfo:
     """Hash of the quantised base; adapters that name another are refused."""
     load_s: float = 0.0
     quantization: str = "nf4"
+    memory: tuple[tuple[str, int], ...] = ()
+    """What takes the device's memory, or is kept free for it, in bytes by name."""
     notes: tuple[str, ...] = field(default=())
     """Lines for the operator: where a quantised copy was cached, which kernels fell back and
     why."""
@@ -248,4 +376,4 @@ class WorkerFailed:
     error: ErrorInfo
 
 
-Reply = StepOutput | AdapterReply | LoadProgress | EngineInfo | WorkerFailed
+Reply = StepOutput | AdapterReply | TrainingEvent | LoadProgress | EngineInfo | WorkerFailed

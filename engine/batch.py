@@ -31,7 +31,7 @@ class Batch:
     lora_scales: list[float]  # [num_tokens]
     logit_rows: list[
         int
-    ]  # [num_rows], the last token of each sequence that has no more tokens to run
+    ]  # [num_rows], of each sequence that has no more tokens to run its last one, and its drafts
     finishing: list[Sequence]  # [num_rows], the sequences of those rows
 
 
@@ -41,7 +41,8 @@ def make_batch(
     """Lay out the scheduled tokens.
 
     Args:
-        items: (sequence, num_new_tokens); block tables cover num_computed_tokens + num_new_tokens.
+        items: (sequence, num_new_tokens), drafts included; block tables cover num_computed_tokens
+            + num_new_tokens.
         block_size: tokens per KV block.
         device: where the tensors go.
     """
@@ -66,11 +67,13 @@ def make_batch(
             lora_scales.append(sequence.request.lora_scale)
         else:
             input_ids += sequence.token_ids[start:end]
+            input_ids += sequence.draft_token_ids
             lora_indices += [sequence.lora_row] * num_new_tokens
             lora_scales += [sequence.request.lora_scale] * num_new_tokens
-        if end == len(sequence.token_ids):
-            logit_rows.append(len(input_ids) - 1)
-            finishing.append(sequence)
+        num_rows = end - len(sequence.token_ids) + 1
+        if num_rows > 0:
+            logit_rows += range(len(input_ids) - num_rows, len(input_ids))
+            finishing += [sequence] * num_rows
     ends = np.cumsum(counts)
     cu_seqlens_q = np.zeros(num_seqs + 1, dtype=np.int32)
     cu_seqlens_q[1:] = ends

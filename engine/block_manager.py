@@ -83,14 +83,24 @@ class BlockManager:
             self.prefix_cache_hits += sequence.num_computed_tokens
         return True
 
-    def extend(self, sequence: Sequence) -> bool:
-        """Make room for all tokens of a sequence; False, with nothing changed, when it cannot."""
-        num_missing = self.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
+    def extend(self, sequence: Sequence, num_drafts: int = 0) -> bool:
+        """Make room for all tokens of a sequence and so many drafts; False, with nothing changed,
+        when it cannot."""
+        num_needed = self.num_blocks_for(sequence.num_tokens + num_drafts)
+        num_missing = num_needed - len(sequence.block_table)
         if num_missing > self.num_available:
             return False
         for _ in range(num_missing):
             sequence.block_table.append(self._take())
         return True
+
+    def trim(self, sequence: Sequence) -> None:
+        """Take back the blocks behind those that its tokens need: they held rejected drafts."""
+        while len(sequence.block_table) > self.num_blocks_for(sequence.num_tokens):
+            block = sequence.block_table.pop()
+            assert self._ref_counts[block] == 1 and self._hash_of_block[block] is None
+            self._ref_counts[block] = 0
+            self._free.append(block)
 
     def commit(self, sequence: Sequence) -> None:
         """Offer the blocks that have become full and computed to later prompts."""

@@ -6,6 +6,7 @@ model's length) is a return value, never written back here. Names follow vLLM's 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -79,6 +80,10 @@ class CacheConfig:
     """Share the KV blocks of equal prompt beginnings between requests of the same adapter
     generation."""
 
+    training_memory_bytes: int | None = None
+    """Memory of a GPU that the KV cache leaves to training; `serve.py plan --train` says how much a
+    run needs. By default none: training takes what --gpu-memory-utilization leaves."""
+
     def __post_init__(self) -> None:
         power_of_two = self.block_size > 0 and not self.block_size & (self.block_size - 1)
         require(power_of_two, "block_size", "a power of two", self.block_size)
@@ -94,6 +99,52 @@ class CacheConfig:
             "a positive number",
             self.kv_cache_memory_bytes,
         )
+        require(
+            self.training_memory_bytes is None or self.training_memory_bytes > 0,
+            "training_memory_bytes",
+            "a positive number",
+            self.training_memory_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculativeConfig:
+    """How many tokens to guess, and from what; see engine/speculation.py."""
+
+    num_speculative_tokens: int
+    """Drafts in one step of a sequence at most."""
+    prompt_lookup_max: int
+    """Tokens at the text's end that are searched for first."""
+    prompt_lookup_min: int
+    """The fewest that are searched for."""
+
+    @classmethod
+    def from_json(cls, text: str) -> SpeculativeConfig:
+        """Read --speculative-config, in vLLM's spelling.
+
+        Raises:
+            ValueError: not JSON, another method, an unknown key or a value out of range.
+        """
+        name = "speculative_config"
+        try:
+            given = json.loads(text)
+        except ValueError:
+            given = None
+        require(isinstance(given, dict), name, "a JSON object", text)
+        method = given.pop("method", "ngram")
+        require(method == "ngram", f"{name}: method", '"ngram" (prompt lookup)', method)
+        fields = ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
+        unknown = sorted(given.keys() - set(fields))
+        require(not unknown, name, f"the keys method, {', '.join(fields)}", ", ".join(unknown))
+        # As in vLLM: of the two one alone means both, neither means 5.
+        longest = given.get("prompt_lookup_max", given.get("prompt_lookup_min", 5))
+        shortest = given.get("prompt_lookup_min", longest)
+        values = (given.get("num_speculative_tokens"), longest, shortest)
+        for key, value in zip(fields, values, strict=True):
+            is_number = isinstance(value, int) and not isinstance(value, bool)
+            require(is_number and value > 0, f"{name}: {key}", "a positive number", value)
+        require(shortest <= longest, f"{name}: prompt_lookup_min", f"at most {longest}", shortest)
+        return cls(**dict(zip(fields, values, strict=True)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,14 +155,45 @@ class SchedulerConfig:
     """Sequences in one step at most."""
     max_num_batched_tokens: int = 2048
     """Tokens in one step at most; decodes come first, prompt chunks share the rest."""
+    train_max_stall_ms: float = 50.0
+    """While an adapter is trained: how long training may hold up running streams, per token of
+    theirs. Without streams it takes the whole machine."""
+    speculative_config: str | None = None
+    """Guess tokens that repeat earlier ones and check them in one step; texts stay the same. JSON
+    as in vLLM: {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4,
+    "prompt_lookup_min": 2}. Off when absent."""
+
+    enforce_eager: bool = False
+    """Launch every kernel of a step anew, instead of replaying decode steps as CUDA graphs."""
+
+    @property
+    def graph_sizes(self) -> tuple[int, ...]:
+        """Numbers of sequences for which a decode step is captured; others are filled up to the
+        next. Kernels take tokens in eights, so that there fuller steps cost the same."""
+        sizes = [1, 2, 4, *range(8, 64, 8), *range(64, self.max_num_seqs + 32, 32)]
+        return tuple(sorted({min(size, self.max_num_seqs) for size in sizes}))
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """speculative_config, read."""
+        if self.speculative_config is None:
+            return None
+        return SpeculativeConfig.from_json(self.speculative_config)
 
     def __post_init__(self) -> None:
+        _ = self.speculation  # checks it
         require(self.max_num_seqs > 0, "max_num_seqs", "a positive number", self.max_num_seqs)
         require(
             self.max_num_batched_tokens >= self.max_num_seqs,
             "max_num_batched_tokens",
             f"at least max_num_seqs ({self.max_num_seqs})",
             self.max_num_batched_tokens,
+        )
+        require(
+            self.train_max_stall_ms > 0,
+            "train_max_stall_ms",
+            "a positive number",
+            self.train_max_stall_ms,
         )
 
 
@@ -122,7 +204,8 @@ class LoraConfig:
     max_loras: int = 8
     """Adapters on the device at once; more may be loaded, the least recently used give way."""
     max_lora_rank: int | None = None
-    """Refuse adapters of a larger rank; by default any rank is served."""
+    """Refuse adapters of a larger rank; by default any rank is served. On a GPU, room is kept for
+    --max-loras adapters of this rank, 16 where it is not given; of larger ones fewer fit."""
     max_cpu_loras: int = 32
     """Adapters kept in host memory at most, so that a return to the device needs no disk."""
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,8 +31,9 @@ from engine.block_manager import BlockManager
 from engine.config import EngineConfig
 from engine.errors import AdapterError, EngineError, RequestError
 from engine.grammar_queue import GrammarQueue
-from engine.model_runner import ModelRunner
-from engine.scheduler import Scheduler
+from engine.model_runner import Model, ModelRunner
+from engine.sampler import NOT_REACHED
+from engine.scheduler import Group, Scheduler
 from engine.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -73,13 +76,19 @@ class Engine:
         self._runner = runner
         self._sampler = sampler
         self._pool = lora_pool
-        self._max_len = min(max_model_len, num_blocks * config.cache.block_size)
+        self.max_len = min(max_model_len, num_blocks * config.cache.block_size)
+        """Longest prompt plus output."""
         self._vocab_size = vocab_size
         self._eos_token_ids = frozenset(eos_token_ids)
         self._sequences: dict[str, Sequence] = {}
         self._compiling = GrammarQueue(compiler)
         self._outbox: list[RequestDelta] = []
         self._num_arrivals = 0
+
+    @property
+    def model(self) -> Model:
+        """What runs the steps; training reads the same tensors."""
+        return self._runner.model
 
     # Requests.
 
@@ -92,7 +101,7 @@ class Engine:
         if request.request_id in self._sequences:
             raise ValueError(f"request_id: expected a new one, got {request.request_id!r} again")
         try:
-            check_request(request, vocab_size=self._vocab_size, max_len=self._max_len)
+            check_request(request, vocab_size=self._vocab_size, max_len=self.max_len)
         except RequestError as error:
             self._outbox.append(
                 RequestDelta(
@@ -102,7 +111,7 @@ class Engine:
             return
         self._num_arrivals += 1
         sequence = Sequence.from_request(
-            request, self._num_arrivals, eos_token_ids=self._eos_token_ids, max_len=self._max_len
+            request, self._num_arrivals, eos_token_ids=self._eos_token_ids, max_len=self.max_len
         )
         self._sequences[sequence.request_id] = sequence
         self.adapters.begin_use(request.adapter)
@@ -127,8 +136,18 @@ class Engine:
         """Whether step() has, or soon will have, anything to do or to say."""
         return bool(self._sequences or self._outbox or self.adapters.has_work)
 
-    def step(self) -> StepOutput:
-        """Run one step and tell what it added; with nothing to run, deliver what is pending."""
+    @property
+    def num_requests(self) -> int:
+        """Those that have not ended."""
+        return len(self._sequences)
+
+    def step(self, group: Group = "all", max_num_tokens: int | None = None) -> StepOutput:
+        """Run one step and tell what it added; with nothing to run, deliver what is pending.
+
+        Args:
+            group:          whose tokens to run.
+            max_num_tokens: how many at most; None: as many as --max-num-batched-tokens says.
+        """
         started_s = time.perf_counter()
         deltas, self._outbox = self._outbox, []
         self._pool.poll()
@@ -137,7 +156,7 @@ class Engine:
                 self.scheduler.add(sequence)
             else:
                 deltas.append(self._finish(sequence, "error", error=failure, is_queued=False))
-        schedule = self.scheduler.schedule()
+        schedule = self.scheduler.schedule(group, max_num_tokens)
         for sequence, error in schedule.failed:
             deltas.append(self._finish(sequence, "error", error=error, is_queued=False))
         for sequence, _ in schedule.items:
@@ -177,61 +196,78 @@ class Engine:
         result = None
         try:
             result = self._runner.run(items)
+            self._runner.prepare_next()
             tokens = self._sampler.sample(result.logits, result.sampled) if result.sampled else []
         except FATAL:
             raise
         except BaseException as error:  # a request's boundary: only those at fault end
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
-            if len(items) == 1:
+            if len(items) == 1 and not items[0][0].draft_token_ids:
                 if not isinstance(error, RequestError | AdapterError):
                     logger.exception("A forward pass failed.")
                 deltas.append(self._finish_failed(items[0][0], as_engine_error(error)))
                 return
             logger.warning("A step failed (%r); repeating it one sequence at a time.", error)
-            for item in items:
-                if result is not None and item[0].grammar is not None:
+            for sequence, num_new_tokens in items:
+                if result is not None and sequence.grammar is not None:
                     # The sampler may have moved this grammar on: it cannot choose that token again.
-                    deltas.append(self._finish_failed(item[0], as_engine_error(error)))
+                    deltas.append(self._finish_failed(sequence, as_engine_error(error)))
                 else:
-                    self._run([item], deltas)
+                    num_drafts = len(sequence.draft_token_ids)  # they may be what is at fault
+                    self.scheduler.drop_drafts(sequence)
+                    self._run([(sequence, num_new_tokens - num_drafts)], deltas)
             return
         self.scheduler.complete(items)
         for sequence, entries in result.prompt_logprobs:
             sequence.prompt_logprobs += entries
-        deltas += [
-            self._advance(sequence, token)
-            for sequence, token in zip(result.sampled, tokens, strict=True)
-        ]
+        rows = zip(result.sampled, tokens, strict=True)
+        for sequence, own_rows in groupby(rows, key=itemgetter(0)):
+            deltas += self._advance(sequence, [token for _, token in own_rows])
         deltas += [self._finish(s, "stop", score=score) for s, score in result.scores]
 
-    def _advance(self, sequence: Sequence, token: SampledToken) -> RequestDelta:
-        """Append one token and say so, with the end where it is one."""
-        if token.error is not None:
-            return self._finish_failed(sequence, token.error)
-        sequence.append(token.token_id)
-        is_stop = token.token_id in sequence.stop_token_ids
-        num_output_tokens = len(sequence.output_token_ids)
+    def _advance(self, sequence: Sequence, tokens: list[SampledToken]) -> list[RequestDelta]:
+        """Append the tokens that a text comes to and say so, with the end where there is one.
+
+        Args:
+            sequence: its drafts are dropped.
+            tokens: of its next position, and of those behind its drafts.
+        """
+        reached = [token for token in tokens if token is not NOT_REACHED]
+        appended: list[SampledToken] = []
         reason: FinishReason | None = None
-        if is_stop and num_output_tokens > sequence.params.min_tokens:
-            reason = "stop"
-        else:
-            is_stop = False
-            if sequence.grammar is not None and sequence.grammar.is_finished():
-                reason = "stop"  # the sampler has moved the grammar on
-            elif num_output_tokens >= sequence.max_tokens:
-                reason = "length"
-        token_ids = (token.token_id,)
-        logprobs = (token.logprobs,) if token.logprobs is not None else None
-        if reason is None:
-            return self._delta(sequence, token_ids, logprobs)
-        return self._finish(
-            sequence,
-            reason,
-            token_ids=token_ids,
-            logprobs=logprobs,
-            stop_token_id=token.token_id if is_stop else None,
-        )
+        is_stop_token = False
+        for token in reached:
+            if token.error is not None:
+                break
+            if appended:  # so the draft in front of this token was right
+                self.scheduler.complete_tokens(sequence, 1)
+            sequence.append(token.token_id)
+            appended.append(token)
+            reason, is_stop_token = _end(sequence, is_last=token is reached[-1])
+            if reason is not None:
+                break
+        token_ids = tuple(token.token_id for token in appended)
+        if sequence.draft_token_ids:
+            self.scheduler.settle_drafts(sequence, token_ids)
+        logprobs = None
+        if sequence.params.logprobs is not None:
+            logprobs = tuple(token.logprobs for token in appended if token.logprobs is not None)
+        if reason is not None:
+            stop_token_id = token_ids[-1] if is_stop_token else None
+            final = self._finish(
+                sequence,
+                reason,
+                token_ids=token_ids,
+                logprobs=logprobs,
+                stop_token_id=stop_token_id,
+            )
+            return [final]
+        deltas = [self._delta(sequence, token_ids, logprobs)] if appended else []
+        error = reached[-1].error
+        if error is not None:
+            deltas.append(self._finish_failed(sequence, error))
+        return deltas
 
     def _finish_failed(self, sequence: Sequence, error: EngineError) -> RequestDelta:
         """End a sequence whose keys and values may be wrong: no later prompt may share them."""
@@ -300,6 +336,7 @@ class Engine:
         )
 
     def _stats(self, step_s: float, num_step_tokens: int) -> EngineStats:
+        speculation = self.scheduler.speculation
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting) + len(self._compiling),
@@ -313,4 +350,25 @@ class Engine:
             num_adapter_loads=self._pool.num_loads,
             num_adapter_evictions=self._pool.num_evictions,
             adapter_load_s=self._pool.load_s,
+            num_drafts=speculation.num_drafts if speculation else 0,
+            num_draft_tokens=speculation.num_draft_tokens if speculation else 0,
+            num_accepted_tokens=speculation.num_accepted_tokens if speculation else 0,
         )
+
+
+def _end(sequence: Sequence, *, is_last: bool) -> tuple[FinishReason | None, bool]:
+    """Why a text ends with the token just appended, if it does, and whether that is a stop token.
+
+    Args:
+        is_last: no other token of this step follows. The sampler has moved the grammar on by all of
+            them, and none stands behind its end.
+    """
+    num_output_tokens = len(sequence.output_token_ids)
+    is_stop_token = sequence.output_token_ids[-1] in sequence.stop_token_ids
+    if is_stop_token and num_output_tokens > sequence.params.min_tokens:
+        return "stop", True
+    if is_last and sequence.grammar is not None and sequence.grammar.is_finished():
+        return "stop", False
+    if num_output_tokens >= sequence.max_tokens:
+        return "length", False
+    return None, False

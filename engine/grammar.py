@@ -197,12 +197,18 @@ class GrammarMatcher:
     ) -> None:
         self._spec = spec
         self._matcher = matcher
+        self._num_known_tokens = num_known_tokens
         self._vocab_size = vocab_size
         # Where tokenizer and model disagree in size, the library's mask is copied, not filled in.
         num_words = _num_words(num_known_tokens)
         self._own_row: torch.Tensor | None = None
         if num_words != _num_words(vocab_size) or num_known_tokens > vocab_size:
             self._own_row = torch.empty(num_words, dtype=torch.int32)
+
+    def copy(self) -> GrammarMatcher:
+        """Another matcher at the same place in the text."""
+        known = self._num_known_tokens
+        return GrammarMatcher(self._spec, self._matcher.deep_copy(), known, self._vocab_size)
 
     def fill_mask(self, row: torch.Tensor) -> None:
         """Say which tokens may come next.
@@ -238,10 +244,6 @@ class GrammarMatcher:
     def is_finished(self) -> bool:
         """Nothing can follow: the text is whole, whether or not an end-of-text token came."""
         return bool(self._matcher.is_stopped())
-
-    def can_end(self) -> bool:
-        """The text so far is whole, though more may follow."""
-        return bool(self._matcher.is_accepting())
 
 
 def _num_words(num_tokens: int) -> int:

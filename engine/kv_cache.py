@@ -1,7 +1,8 @@
 """How large the KV cache is, decided once at start, and its allocation.
 
-By flag, or what is free: on CUDA gpu_memory_utilization of the device less what weights and
-activations take, on the CPU half of the free memory and at most CPU_LIMIT_BYTES; in both cases no
+By flag, or what is free: on CUDA gpu_memory_utilization of the device less weights, activations
+and what is kept for later (engine/memory_plan.py), on the CPU half of the free memory and at most
+CPU_LIMIT_BYTES; in both cases no
 more than max_num_seqs full sequences need.
 """
 
@@ -121,10 +122,10 @@ def default_cpu_bytes() -> int:
 
 
 def default_cuda_bytes(
-    device: torch.device, gpu_memory_utilization: float, activation_bytes: int
+    device: torch.device, gpu_memory_utilization: float, reserved_bytes: int
 ) -> int:
-    """What is left of the allowed share of a GPU after what is on it and a step's activations."""
+    """What is left of the allowed share of a GPU after what is on it and what is yet to come."""
     torch.cuda.empty_cache()
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
     used_bytes = total_bytes - free_bytes
-    return int(total_bytes * gpu_memory_utilization) - used_bytes - activation_bytes
+    return int(total_bytes * gpu_memory_utilization) - used_bytes - reserved_bytes

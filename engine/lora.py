@@ -73,6 +73,15 @@ class PlacedModule:
 PlacedAdapter = Mapping[str, PlacedModule]
 
 
+def is_low_rank(adapter: PlacedAdapter) -> bool:
+    """Whether an adapter is products of two matrices alone, but for a score head."""
+    return all(
+        path != EMBEDDING and module.gain is None and module.offset is None and module.dense is None
+        for path, module in adapter.items()
+        if path != SCORE_HEAD
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
     """What the pool's adapters do to one fused projection; made anew when the pool changes."""

@@ -17,7 +17,7 @@ import torch
 from engine.api import AdapterRef, ErrorInfo
 from engine.config import LoraConfig
 from engine.errors import AdapterError, EngineError, NotEnoughMemory
-from engine.lora import SCORE_HEAD, LoraBatch, LoraWeights
+from engine.lora import SCORE_HEAD, LoraBatch, LoraWeights, is_low_rank
 from engine.lora_loader import LoraLoader
 from engine.lora_rows import DeviceRows
 
@@ -43,6 +43,7 @@ class LoraPool:
         fingerprint: str | None,
         device: torch.device,
         dtype: torch.dtype,
+        budget_bytes: int | None = None,
     ) -> None:
         """
         Args:
@@ -52,14 +53,16 @@ class LoraPool:
             fingerprint: the base's; adapters that name another are refused. None: not checked.
             device: where the rows are.
             dtype: of the low-rank matrices in the rows; the model's, as a rule.
+            budget_bytes: what all rows may take together; None: what the device gives.
         """
         pin_memory = device.type == "cuda"
         self._loader = LoraLoader(
             config, model, load, fingerprint=fingerprint, dtype=dtype, pin_memory=pin_memory
         )
-        self._rows = DeviceRows(config.max_loras, device)
+        self._rows = DeviceRows(config.max_loras, device, budget_bytes)
         self._device = device
         self._widths = {path: shape[0] for path, shape in model.spec.linear_shapes().items()}
+        self._recordable_rows: tuple[int, frozenset[int]] = (self._rows.version, frozenset({-1}))
         self._unloading: set[AdapterRef] = set()  # to be forgotten when the last user is gone
         self._waiting: dict[AdapterRef, list[PreloadDone]] = {}
 
@@ -109,6 +112,44 @@ class LoraPool:
         return LoraBatch(
             self._rows.placed, self._rows.plans, self._widths, rows, lora_indices, lora_scales
         )
+
+    @property
+    def version(self) -> int:
+        """Grows whenever a row changes."""
+        return self._rows.version
+
+    def may_be_recorded(self, rows: Sequence[int]) -> bool:
+        """Whether these rows' adapters are low-rank parts alone, which kernels read from tables; -1
+        is the base. All else is applied by code that looks at the rows of each step."""
+        return self._recordable.issuperset(rows)
+
+    def static_batch(
+        self, lora_indices: torch.Tensor, lora_scales: torch.Tensor
+    ) -> LoraBatch | None:
+        """A batch that finds its rows in these tensors whenever it runs; None while no adapter is
+        there that may be recorded. Valid until the version grows.
+
+        Args:
+            lora_indices: int32 [num_tokens], rows that may be recorded.
+            lora_scales: float32 [num_tokens].
+        """
+        rows = sorted(self._recordable - {-1})
+        if not rows:
+            return None
+        return LoraBatch(
+            self._rows.placed, self._rows.plans, self._widths, rows, lora_indices, lora_scales
+        )
+
+    @property
+    def _recordable(self) -> frozenset[int]:
+        """The base, and rows of low-rank parts alone; worked out anew when a row has changed."""
+        version, rows = self._recordable_rows
+        if version != self._rows.version:
+            placed = enumerate(self._rows.placed)
+            rows = frozenset(row for row, adapter in placed if adapter and is_low_rank(adapter))
+            rows |= {-1}
+            self._recordable_rows = (self._rows.version, rows)
+        return rows
 
     def has_score_head(self, ref: AdapterRef) -> bool:
         """Whether an adapter that has been acquired or preloaded answers score requests."""

@@ -16,6 +16,7 @@ from engine.api import AdapterRef
 from engine.errors import NotEnoughMemory
 from engine.lora import LayerPlan, PlacedAdapter
 from engine.lora_placement import PackedAdapter
+from engine.memory import format_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +29,13 @@ class Row:
 
 
 class DeviceRows:
-    """A fixed number of rows on one device."""
+    """A fixed number of rows on one device, and the bytes that all of them may take."""
 
-    def __init__(self, num_rows: int, device: torch.device) -> None:
+    def __init__(
+        self, num_rows: int, device: torch.device, budget_bytes: int | None = None
+    ) -> None:
         self._device = device
+        self._budget_bytes = budget_bytes
         self.rows: list[Row | None] = [None] * num_rows
         self.placed: list[PlacedAdapter | None] = [None] * num_rows
         self.plans: dict[tuple[str, ...], LayerPlan] = {}
@@ -39,6 +43,8 @@ class DeviceRows:
         self.num_users: Counter[AdapterRef] = Counter()
         self.pinned: set[AdapterRef] = set()
         """Adapters that keep their row, once they have one, although nobody uses them."""
+        self.version = 0
+        """Grows whenever a row changes."""
         self.num_evictions = 0
         self.placing_s = 0.0
         self._row_of: OrderedDict[AdapterRef, int] = OrderedDict()  # least recently used first
@@ -51,8 +57,11 @@ class DeviceRows:
         """Copy an adapter into a row; None where none is free.
 
         Raises:
-            NotEnoughMemory: the device has no room, even without the idle adapters.
+            NotEnoughMemory: the device has no room, even without the idle adapters; or it would
+                take more than all rows may.
         """
+        if not self._make_room(ref, packed.num_bytes):
+            return None
         row = self._free_row()
         if row is None:
             return None
@@ -60,7 +69,7 @@ class DeviceRows:
         self.placed[row] = self._copy_to_device(ref, packed)
         self.rows[row] = Row(ref, packed.has_score_head, packed.num_bytes)
         self._row_of[ref] = row
-        self.plans.clear()
+        self._changed()
         self.placing_s += time.perf_counter() - started
         return row
 
@@ -82,10 +91,15 @@ class DeviceRows:
         if row is not None:
             self.rows[row] = None
             self.placed[row] = None
-            self.plans.clear()
+            self._changed()
+
+    def _changed(self) -> None:
+        self.plans.clear()
+        self.version += 1
 
     @property
     def can_free_row(self) -> bool:
+        """Whether a row is empty or may become so; room for the bytes is another matter."""
         return None in self.rows or any(map(self._is_idle, self._row_of))
 
     def check_integrity(self) -> None:
@@ -100,6 +114,31 @@ class DeviceRows:
 
     def _is_idle(self, ref: AdapterRef) -> bool:
         return ref not in self.num_users and ref not in self.pinned
+
+    def _make_room(self, ref: AdapterRef, num_bytes: int) -> bool:
+        """Let idle adapters go until so many bytes are within the budget; False where those in use
+        leave too few."""
+        if self._budget_bytes is None:
+            return True
+        rows = [row for row in self.rows if row is not None]
+        staying = sum(row.num_bytes for row in rows if row.ref in self.pinned)
+        if staying + num_bytes > self._budget_bytes:
+            raise NotEnoughMemory(
+                f"Adapter {ref.name!r} takes {format_bytes(num_bytes)}, pinned ones take "
+                f"{format_bytes(staying)}, and {format_bytes(self._budget_bytes)} are kept for "
+                f"adapters. Raise --max-lora-rank or --max-loras."
+            )
+        in_use = sum(row.num_bytes for row in rows if not self._is_idle(row.ref))
+        if in_use + num_bytes > self._budget_bytes:
+            return False
+        idle = list(filter(self._is_idle, self._row_of))  # least recently used first
+        taken = sum(row.num_bytes for row in rows)
+        while taken + num_bytes > self._budget_bytes:
+            found = self.rows[self._row_of[idle[0]]]
+            assert found is not None
+            taken -= found.num_bytes
+            self._evict(idle.pop(0))
+        return True
 
     def _free_row(self) -> int | None:
         """An empty row; where there is none, the least recently used idle adapter's."""

@@ -78,6 +78,16 @@ class ModelSpec:
             generation = read_json_object(folder / "generation_config.json")
         return _read_spec(Fields(config_path, config), architecture, generation)
 
+    @classmethod
+    def from_config(cls, name: str, config: dict[str, Any]) -> ModelSpec:
+        """The same from the content of a config.json that is in no folder; `name` is for errors.
+
+        Raises:
+            CheckpointError: as from_folder.
+        """
+        path = Path(name)
+        return _read_spec(Fields(path, config), _architecture(path, config), {})
+
     @property
     def max_context_len(self) -> int:
         """Tokens the model was made for; linear scaling stretches the positions by its factor."""

@@ -9,6 +9,7 @@ import torch
 
 from engine.api import GenerateRequest, SamplingParams, TokenLogprobs
 from engine.batch import Batch, make_batch
+from engine.decode_graphs import DecodeGraphs
 from engine.errors import NotEnoughMemory
 from engine.kv_cache import KVCaches, allocate_kv_caches
 from engine.model_config import ModelSpec
@@ -40,7 +41,7 @@ class StepResult:
 
     logits: torch.Tensor  # float32 [num_rows, vocab_size]
     sampled: list[Sequence]
-    """[num_rows]: the sequences that get a token."""
+    """[num_rows]: the sequences that get a token; one with drafts has a row more for each."""
     prompt_logprobs: list[tuple[Sequence, list[TokenLogprobs | None]]] = field(default_factory=list)
     """The new entries of sequences that asked for them."""
     scores: list[tuple[Sequence, float]] = field(default_factory=list)
@@ -57,12 +58,14 @@ class ModelRunner:
         *,
         block_size: int,
         device: torch.device,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self.model = model
         self.kv_caches = kv_caches
         self.lora_pool = lora_pool
         self.block_size = block_size
         self.device = device
+        self._graphs = graphs
 
     @torch.inference_mode()
     def run(self, items: list[tuple[Sequence, int]]) -> StepResult:
@@ -72,6 +75,10 @@ class ModelRunner:
             AdapterError: a score request's adapter has no score head.
             RuntimeError: whatever the device says, out of memory among it.
         """
+        if self._graphs is not None:
+            logits = self._graphs.run(items)
+            if logits is not None:
+                return StepResult(logits=logits, sampled=[sequence for sequence, _ in items])
         batch = make_batch(items, block_size=self.block_size, device=self.device)
         lora = self.lora_pool.batch(batch.lora_indices, batch.lora_scales)
         hidden = self.model(batch, self.kv_caches, lora)  # [num_tokens, hidden_size]
@@ -88,6 +95,11 @@ class ModelRunner:
             prompt_logprobs=self._prompt_logprobs(items, hidden, lora),
             scores=scores,
         )
+
+    def prepare_next(self) -> None:
+        """What can be done for the next step while a GPU still runs this one."""
+        if self._graphs is not None:
+            self._graphs.prepare_next()
 
     def _logits(self, hidden: torch.Tensor, lora: Any, rows: list[int]) -> torch.Tensor:
         """float32 [len(rows), vocab_size]; an empty tensor where no row is asked for."""
@@ -169,7 +181,8 @@ def measure_activation_bytes(
     max_model_len: int,
     device: torch.device,
 ) -> int:
-    """Peak memory of the largest step on CUDA beyond what is allocated now, by running one.
+    """Peak memory of the largest step on CUDA, by running one, beyond what is allocated when this
+    returns. (Buffers that it has made and that are used again are allocated then.)
 
     Raises:
         NotEnoughMemory: the device cannot hold that step.
@@ -203,9 +216,11 @@ def measure_activation_bytes(
         sampling_bytes = 4 * logits.nbytes
         torch.cuda.synchronize(device)
         peak_bytes = torch.cuda.max_memory_allocated(device)
+        del kv_caches, batch, hidden, logits
+        kept_bytes = torch.cuda.memory_allocated(device) - before_bytes
     except torch.OutOfMemoryError as error:
         raise NotEnoughMemory(
             f"A step of {num_tokens} tokens does not fit beside the weights: {error} "
             f"Lower --max-num-batched-tokens."
         ) from error
-    return peak_bytes - before_bytes - cache_bytes + sampling_bytes
+    return peak_bytes - before_bytes - cache_bytes - kept_bytes + sampling_bytes

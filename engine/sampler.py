@@ -1,5 +1,8 @@
 """From logits to tokens: each sequence's parameters, gathered into tensors, and the operators.
 
+A sequence with drafts (engine/speculation.py) has a row more for each of them, behind its own: at
+row i it is looked at as if its first i drafts had been chosen.
+
 The arithmetic and its order are in kernels/sampling.py. What a batch needs is worked out when its
 list of sequences changes and kept as long as it stays, which while decoding is many steps; a
 parameter that no sequence uses costs nothing.
@@ -46,13 +49,17 @@ class NoTokenLeft(RequestError):
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """One sequence's next token, or the reason why there is none."""
+    """One row's token, or the reason why there is none."""
 
     token_id: int
-    """-1 exactly when there is an error."""
+    """-1 where there is an error, and where the text does not come to: behind a draft that was not
+    chosen, or behind the end of a grammar."""
     logprobs: TokenLogprobs | None = None
     """Where the request asked for them."""
     error: EngineError | None = None
+
+
+NOT_REACHED = SampledToken(-1)
 
 
 class Sampler:
@@ -68,10 +75,11 @@ class Sampler:
         Appending the token to the sequence is the caller's.
 
         Args:
-            logits: float32 [num_seqs, vocab_size], row i of sequences[i]. May be changed.
+            logits: float32 [num_rows, vocab_size], row i of sequences[i]. May be changed.
+            sequences: [num_rows]; one with drafts stands there once more for each.
 
         Returns:
-            One entry per sequence. A row has an error, and the others their tokens, when its
+            One entry per row. A row has an error, and the others their tokens, when its
             logits hold NaN or infinity, when penalties, bias and grammar together leave no
             token, or when its grammar exceeds its limits.
         """
@@ -89,17 +97,14 @@ class Sampler:
         for row, token_id in enumerate(token_ids):
             if token_id < 0:
                 errors.setdefault(row, _dead_row_error(token_id == BROKEN))
-        for row, matcher in plan.matchers:
-            if row not in errors:
-                try:
-                    matcher.accept(token_ids[row])
-                except GrammarError as error:
-                    errors[row] = error
+        is_reached = _follow(plan, token_ids, errors)
         logprobs = _report(plan, raw, token_ids) if raw is not None else {}
-        if not errors and not logprobs:
+        if not errors and not logprobs and not plan.has_drafts:
             return [SampledToken(token_id) for token_id in token_ids]
         return [
-            SampledToken(-1, None, errors[row])
+            NOT_REACHED
+            if not is_reached[row]
+            else SampledToken(-1, None, errors[row])
             if row in errors
             else SampledToken(token_id, logprobs.get(row))
             for row, token_id in enumerate(token_ids)
@@ -112,6 +117,9 @@ class _Plan:
 
     sequences: list[Sequence]
     device: torch.device
+    offsets: list[int] = field(default_factory=list)
+    """[num_rows]: how many drafts a row takes for chosen."""
+    has_drafts: bool = False
     greedy_rows: list[int] = field(default_factory=list)
     drawn_rows: list[int] = field(default_factory=list)
     seeds: Tensor | None = None  # int64 [num_drawn], on the CPU
@@ -123,7 +131,8 @@ class _Plan:
     penalties: Tensor | None = None  # float32 [num_penalised, 3]: repetition, presence, frequency
     bias: tuple[Tensor, Tensor, Tensor] | None = None  # rows, token ids, amounts
     min_tokens_rows: list[int] = field(default_factory=list)
-    matchers: list[tuple[int, GrammarMatcher]] = field(default_factory=list)
+    matchers: dict[int, GrammarMatcher] = field(default_factory=dict)
+    """By row; a sequence's rows have the same."""
     bitmask: Tensor | None = None  # int32 [num_grammars, words], on the CPU
     logprob_rows: list[int] = field(default_factory=list)
     num_logprobs: int = 0
@@ -132,10 +141,18 @@ class _Plan:
     def changes_logits(self) -> bool:
         return bool(self.penalty_rows or self.bias or self.min_tokens_rows or self.matchers)
 
+    def num_output_tokens(self, row: int) -> int:
+        """Tokens before the one that a row chooses."""
+        return len(self.sequences[row].output_token_ids) + self.offsets[row]
+
 
 def _make_plan(sequences: list[Sequence], logits: Tensor) -> _Plan:
     plan = _Plan(sequences=list(sequences), device=logits.device)
     params = [sequence.params for sequence in sequences]
+    for row, sequence in enumerate(sequences):
+        is_behind = row > 0 and sequences[row - 1] is sequence
+        plan.offsets.append(plan.offsets[-1] + 1 if is_behind else 0)
+    plan.has_drafts = any(plan.offsets)
     for row, p in enumerate(params):
         (plan.drawn_rows if p.temperature >= GREEDY_BELOW else plan.greedy_rows).append(row)
         if p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty:
@@ -144,7 +161,7 @@ def _make_plan(sequences: list[Sequence], logits: Tensor) -> _Plan:
             plan.min_tokens_rows.append(row)
         matcher = sequences[row].grammar
         if matcher is not None:
-            plan.matchers.append((row, matcher))
+            plan.matchers[row] = matcher
         if p.logprobs is not None:
             plan.logprob_rows.append(row)
             plan.num_logprobs = max(plan.num_logprobs, p.logprobs)
@@ -178,13 +195,45 @@ def _make_plan(sequences: list[Sequence], logits: Tensor) -> _Plan:
 
 
 def _fill_masks(plan: _Plan, errors: dict[int, EngineError]) -> None:
+    """What may follow at each row; behind a draft, a copy of the matcher has accepted it."""
     assert plan.bitmask is not None
-    for (row, matcher), mask in zip(plan.matchers, plan.bitmask, strict=True):
+    follower = None
+    for (row, matcher), mask in zip(plan.matchers.items(), plan.bitmask, strict=True):
+        offset = plan.offsets[row]
+        if offset <= 1:
+            follower = matcher if offset == 0 else matcher.copy()
+        assert follower is not None
         try:
-            matcher.fill_mask(mask)
+            if offset > 0:
+                follower.accept(plan.sequences[row].draft_token_ids[offset - 1])
+            follower.fill_mask(mask)
         except GrammarError as error:
             errors[row] = error
             mask.fill_(-1)
+
+
+def _follow(plan: _Plan, token_ids: list[int], errors: dict[int, EngineError]) -> list[bool]:
+    """Which rows their texts come to, with the matchers moved on by the tokens there."""
+    is_reached: list[bool] = []
+    for row, offset in enumerate(plan.offsets):
+        if offset > 0:
+            draft = plan.sequences[row].draft_token_ids[offset - 1]
+            before = plan.matchers.get(row)
+            is_reached.append(
+                is_reached[row - 1]
+                and row - 1 not in errors
+                and token_ids[row - 1] == draft
+                and (before is None or not before.is_finished())
+            )
+        else:
+            is_reached.append(True)
+        matcher = plan.matchers.get(row)
+        if matcher is not None and is_reached[row] and row not in errors:
+            try:
+                matcher.accept(token_ids[row])
+            except GrammarError as error:
+                errors[row] = error
+    return is_reached
 
 
 def _change_logits(plan: _Plan, logits: Tensor) -> None:
@@ -196,16 +245,16 @@ def _change_logits(plan: _Plan, logits: Tensor) -> None:
         logits.index_put_((rows, token_ids), amounts, accumulate=True)
     for row in plan.min_tokens_rows:
         sequence = plan.sequences[row]
-        if len(sequence.output_token_ids) < sequence.params.min_tokens:
+        if plan.num_output_tokens(row) < sequence.params.min_tokens:
             stop = [i for i in sequence.stop_token_ids if i < logits.shape[1]]
             logits[row, stop] = -torch.inf
     if plan.bitmask is not None:
-        apply_bitmask(logits, [row for row, _ in plan.matchers], plan.bitmask)
+        apply_bitmask(logits, list(plan.matchers), plan.bitmask)
 
 
 def _penalise(plan: _Plan, logits: Tensor) -> None:
     assert plan.penalties is not None
-    entries = [_occurrences(plan.sequences[row]) for row in plan.penalty_rows]
+    entries = [_occurrences(plan.sequences[row], plan.offsets[row]) for row in plan.penalty_rows]
     lengths = torch.tensor([len(token_ids) for token_ids, _ in entries])
     token_ids = torch.cat([token_ids for token_ids, _ in entries]).to(plan.device)
     counts = torch.cat([counts for _, counts in entries]).to(plan.device)
@@ -230,7 +279,7 @@ def _pick(plan: _Plan, logits: Tensor) -> Tensor:
     if not plan.drawn_rows:
         return greedy(logits)
     assert plan.seeds is not None and plan.temperature is not None
-    positions = [len(plan.sequences[row].output_token_ids) for row in plan.drawn_rows]
+    positions = [plan.num_output_tokens(row) for row in plan.drawn_rows]
     noise = uniform(plan.seeds, torch.tensor(positions)).to(plan.device)
     drawn = draw(
         logits[plan.drawn_rows] if plan.greedy_rows else logits,
@@ -296,8 +345,11 @@ class _Occurrences:
         self.num_read = len(output_token_ids)
 
 
-def _occurrences(sequence: Sequence) -> tuple[Tensor, Tensor]:
-    """Token ids int64 [m] and their counts in the output float32 [m]; the prompt's where needed."""
+def _occurrences(sequence: Sequence, num_drafts: int) -> tuple[Tensor, Tensor]:
+    """Token ids int64 [m] and their counts in the output float32 [m]; the prompt's where needed.
+
+    The first num_drafts drafts count as output.
+    """
     state = sequence.sampler_state
     if state is None:
         is_needed = sequence.params.repetition_penalty != 1.0
@@ -305,5 +357,13 @@ def _occurrences(sequence: Sequence) -> tuple[Tensor, Tensor]:
         sequence.sampler_state = state
     state.read(sequence.output_token_ids)
     num_tokens = len(state.index)
-    token_ids = torch.from_numpy(state.token_ids[:num_tokens])
-    return token_ids, torch.from_numpy(state.counts[:num_tokens])
+    token_ids, counts = state.token_ids[:num_tokens], state.counts[:num_tokens]
+    drafts = sequence.draft_token_ids[:num_drafts]
+    if drafts:
+        new = list(dict.fromkeys(token_id for token_id in drafts if token_id not in state.index))
+        token_ids = np.append(token_ids, np.array(new, dtype=np.int64))
+        counts = np.append(counts, np.zeros(len(new), dtype=np.float32))
+        for token_id in drafts:
+            is_known = token_id in state.index
+            counts[state.index[token_id] if is_known else num_tokens + new.index(token_id)] += 1
+    return torch.from_numpy(token_ids), torch.from_numpy(counts)

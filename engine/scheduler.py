@@ -11,20 +11,27 @@ Rows      an adapter's row of the LoRA pool is held from admission to end or pre
           waits for one, the adapter that has held its row longest admits nobody more until the
           waiting one has got a row: rows go round.
 Fairness  between adapters: engine/waiting_queue.py.
+Drafts    come last (engine/speculation.py): what room and blocks are left then would be idle.
+Trainer   its own requests, of priority BACKGROUND, may be left out of a step, or have one to
+          themselves. They give up blocks and rows as soon as a client's request needs them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from engine.api import AdapterRef
 from engine.block_manager import BlockManager
 from engine.config import SchedulerConfig
 from engine.errors import EngineError
 from engine.sequence import Sequence
+from engine.speculation import PromptLookup
 from engine.waiting_queue import AdapterKey, WaitingQueue
+
+Group = Literal["all", "clients", "background"]
+"""Whose tokens a step runs."""
 
 
 class AdapterRows(Protocol):
@@ -40,7 +47,8 @@ class AdapterRows(Protocol):
 
 @dataclass(slots=True)
 class Schedule:
-    """One step: (sequence, number of its tokens to run), decodes first; and who cannot run."""
+    """One step: (sequence, number of its tokens to run, drafts included), decodes first; and who
+    cannot run."""
 
     items: list[tuple[Sequence, int]] = field(default_factory=list)
     failed: list[tuple[Sequence, EngineError]] = field(default_factory=list)
@@ -69,6 +77,7 @@ class Scheduler:
         self.pinned: set[AdapterRef] = set()
         """Adapters that keep their row while idle; the engine keeps this up to date."""
         self.num_preemptions = 0
+        self.speculation = PromptLookup(config.speculation) if config.speculation else None
         self._rows = rows
         self._num_rows = num_rows
         self._num_running: Counter[AdapterKey] = Counter()
@@ -86,12 +95,17 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
-    def schedule(self) -> Schedule:
-        """Choose the next step's tokens. Blocks for all of them are allocated when this returns."""
+    def schedule(self, group: Group = "all", max_num_tokens: int | None = None) -> Schedule:
+        """Choose the next step's tokens. Blocks for all of them are allocated when this returns.
+
+        Args:
+            group:          whose.
+            max_num_tokens: how many at most; None: max_num_batched_tokens.
+        """
         schedule = Schedule()
         self.running.sort(key=_order)
-        budget = self._place_decodes(schedule)
-        started = [s for s in self.running if s.num_missing_tokens > 1]
+        budget = self._place_decodes(schedule, group, max_num_tokens)
+        started = [s for s in self.running if s.num_missing_tokens > 1 and _is_of(group, s)]
         # What a preemption has freed is for those that run; admitting now would preempt again soon.
         may_admit = schedule.num_preempted == 0
         passed_over: set[AdapterKey] = set()
@@ -102,6 +116,8 @@ class Scheduler:
             sequence = None
             if may_admit and len(self.running) < self.config.max_num_seqs:
                 sequence = self.waiting.next(self._num_running, passed_over)
+                if sequence is not None and not _is_of(group, sequence):
+                    sequence = None
             if started and (
                 sequence is None or started[0].request.priority <= sequence.request.priority
             ):
@@ -111,21 +127,42 @@ class Scheduler:
             elif not self._acquire_row(sequence, schedule, passed_over, blocked):
                 continue
             elif not self._admit(sequence):
-                may_admit = False  # nobody overtakes a long prompt that waits for blocks
+                if group != "clients" or not self._preempt_background():
+                    may_admit = False  # nobody overtakes a long prompt that waits for blocks
                 continue
             num_new_tokens = min(sequence.num_missing_tokens, budget)
             schedule.items.append((sequence, num_new_tokens))
             budget -= num_new_tokens
         if len(self.running) >= self.config.max_num_seqs:
             self._prepare_next(passed_over, blocked)
-        self._rotate_rows(blocked)
+        self._rotate_rows(group, blocked)
+        if self.speculation is not None:
+            self._place_drafts(self.speculation, schedule, budget)
         return schedule
 
     def complete(self, items: list[tuple[Sequence, int]]) -> None:
-        """Note that these tokens have been computed; call it before new tokens are appended."""
+        """Note that these tokens have been computed; call it before new tokens are appended.
+
+        Of their drafts nothing is known yet: the engine tells of each once it is one of the tokens.
+        """
         for sequence, num_new_tokens in items:
-            sequence.num_computed_tokens += num_new_tokens
-            self.blocks.commit(sequence)
+            self.complete_tokens(sequence, num_new_tokens - len(sequence.draft_token_ids))
+
+    def complete_tokens(self, sequence: Sequence, num_tokens: int) -> None:
+        """The next so many tokens of a sequence have their keys and values in the cache."""
+        sequence.num_computed_tokens += num_tokens
+        self.blocks.commit(sequence)
+
+    def settle_drafts(self, sequence: Sequence, token_ids: tuple[int, ...]) -> None:
+        """The step is over and has brought these tokens: note which drafts they are, forget all."""
+        assert self.speculation is not None
+        self.speculation.learn(sequence, token_ids)
+        self.drop_drafts(sequence)
+
+    def drop_drafts(self, sequence: Sequence) -> None:
+        """Forget a running sequence's drafts, and what they hold."""
+        sequence.draft_token_ids = []
+        self.blocks.trim(sequence)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues, blocks and row counts agree."""
@@ -141,6 +178,9 @@ class Scheduler:
             capacity = len(sequence.block_table) * self.blocks.block_size
             assert sequence.num_computed_tokens <= capacity, "computed tokens without a block"
             assert sequence.num_missing_tokens >= 1, "a running sequence has nothing to do"
+            assert not sequence.draft_token_ids, "drafts outlive their step"
+            needed = self.blocks.num_blocks_for(sequence.num_tokens)
+            assert len(sequence.block_table) <= needed, "a block that no token needs"
             assert (sequence.adapter is None) == (sequence.lora_row == -1), (
                 "a row without an adapter"
             )
@@ -150,15 +190,15 @@ class Scheduler:
         assert len(self.running) <= self.config.max_num_seqs
         self.blocks.check_integrity(self.running)
 
-    def _place_decodes(self, schedule: Schedule) -> int:
+    def _place_decodes(self, schedule: Schedule, group: Group, max_num_tokens: int | None) -> int:
         """One token for each sequence that lacks one, blocks permitting; returns what is left."""
-        budget = self.config.max_num_batched_tokens
+        budget = self.config.max_num_batched_tokens if max_num_tokens is None else max_num_tokens
         index = 0
-        while index < len(self.running):
+        while index < len(self.running) and budget > 0:
             sequence = self.running[index]
             index += 1
-            if sequence.num_missing_tokens != 1:
-                continue  # a prompt: it has had its blocks since its admission
+            if sequence.num_missing_tokens != 1 or not _is_of(group, sequence):
+                continue  # a prompt has had its blocks since its admission
             while not self.blocks.extend(sequence):
                 victim = self.running[-1]  # sorted: the lowest priority, the newest
                 self._preempt(victim)
@@ -169,6 +209,19 @@ class Scheduler:
                 schedule.items.append((sequence, 1))
                 budget -= 1
         return budget
+
+    def _place_drafts(self, speculation: PromptLookup, schedule: Schedule, budget: int) -> None:
+        """Run along what may follow, where sequences decode."""
+        for index, (sequence, _) in enumerate(schedule.items):
+            if sequence.num_missing_tokens != 1 or not sequence.output_token_ids:
+                continue
+            # The last token of all is never run.
+            num_left = sequence.max_tokens - len(sequence.output_token_ids) - 1
+            drafts = speculation.propose(sequence, min(num_left, budget))
+            if drafts and self.blocks.extend(sequence, len(drafts)):
+                sequence.draft_token_ids = drafts
+                schedule.items[index] = (sequence, 1 + len(drafts))
+                budget -= len(drafts)
 
     def _acquire_row(
         self,
@@ -229,6 +282,13 @@ class Scheduler:
         self.waiting.add(sequence)
         self.num_preemptions += 1
 
+    def _preempt_background(self) -> bool:
+        """Make room for a client's sequence; whether there was one to take it from."""
+        victim = next((s for s in reversed(self.running) if s.is_background), None)
+        if victim is not None:
+            self._preempt(victim)
+        return victim is not None
+
     def _stop(self, sequence: Sequence) -> None:
         """Take a sequence out of the running ones and free what it holds."""
         self.running.remove(sequence)
@@ -246,7 +306,7 @@ class Scheduler:
             self._rows.release(sequence.adapter)
             sequence.lora_row = -1
 
-    def _rotate_rows(self, blocked: list[AdapterRef]) -> None:
+    def _rotate_rows(self, group: Group, blocked: list[AdapterRef]) -> None:
         """Start, keep or end a drain; `blocked` found no row in this step, in turn order."""
         drain = self._drain
         if drain is not None:
@@ -256,8 +316,20 @@ class Scheduler:
                 return
             self._drain = None
         if blocked and self._all_rows_in_use():
+            if group == "clients" and self._yield_row():
+                return
             candidates = (_Drain(ref, blocked[0]) for ref in self._row_since)
             self._drain = next(filter(self._may_drain, candidates), None)
+
+    def _yield_row(self) -> bool:
+        """Preempt all that runs on an adapter of the trainer's own; whether there was one."""
+        for ref in self._row_since:
+            sequences = [sequence for sequence in self.running if sequence.adapter == ref]
+            if all(sequence.is_background for sequence in sequences):
+                for sequence in sequences:
+                    self._preempt(sequence)
+                return True
+        return False
 
     def _may_drain(self, drain: _Drain) -> bool:
         """Whether somebody still waits for the row, and nobody more urgent for who has it."""
@@ -273,6 +345,10 @@ class Scheduler:
 
     def _is_resident(self, ref: AdapterRef) -> bool:
         return (ref.uid, ref.generation) in self._rows.resident
+
+
+def _is_of(group: Group, sequence: Sequence) -> bool:
+    return group == "all" or sequence.is_background == (group == "background")
 
 
 def _order(sequence: Sequence) -> tuple[int, int]:

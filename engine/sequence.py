@@ -18,6 +18,9 @@ from engine.api import AdapterRef, GenerateRequest, SamplingParams, TokenLogprob
 if TYPE_CHECKING:
     from engine.grammar import GrammarMatcher
 
+BACKGROUND = 2**63
+"""Priority of the trainer's own requests, below any client's."""
+
 
 @dataclass(eq=False, slots=True)
 class Sequence:
@@ -50,6 +53,11 @@ class Sequence:
     sampler_state: Any = None
     """Owned by the sampler: whatever it keeps between the steps of one sequence."""
 
+    draft_token_ids: list[int] = field(default_factory=list)
+    """During a step: guesses that run behind the last token; see engine/speculation.py."""
+    lookup: Any = None
+    """Owned by engine/speculation.py: its index of this text."""
+
     num_cached_tokens: int = 0
     """Prompt tokens found in the prefix cache when the sequence was first scheduled."""
     first_scheduled_s: float | None = None
@@ -72,6 +80,10 @@ class Sequence:
             seed=secrets.randbits(63) if params.seed is None else params.seed % 2**63,
             token_ids=list(request.prompt_token_ids),
         )
+
+    @property
+    def is_background(self) -> bool:
+        return self.request.priority >= BACKGROUND
 
     @property
     def request_id(self) -> str:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
-from engine.api import AdapterRef, EngineInfo
-from engine.config import EngineConfig
+from engine.api import AdapterRef, EngineInfo, TrainingJob
+from engine.config import EngineConfig, ModelConfig
+from engine.cuda_graphs import CudaGraphBackend
+from engine.decode_graphs import DecodeGraphs
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.grammar import GrammarCompiler
@@ -23,13 +25,24 @@ from engine.kv_cache import (
 )
 from engine.lora import LoraWeights
 from engine.lora_pool import LoraPool
+from engine.lora_source import LoraSource
+from engine.memory import format_bytes
+from engine.memory_plan import graph_reserve, lora_reserve
+from engine.model import CausalLM
 from engine.model_config import ModelSpec
 from engine.model_runner import ModelRunner, measure_activation_bytes
 from engine.sampler import Sampler
+from engine.train.config import TrainConfig
+from engine.train.rollouts import EngineRollouts
+from engine.train.runner import JobRunner
+from engine.train.trainer import Trainer
 from engine.weights import LoadedModel, load_model
 from kernels.threads import set_num_threads
 
 LoadAdapterFiles = Callable[[AdapterRef], LoraWeights]
+WriteAdapterFiles = Callable[[Path, LoraWeights, TrainConfig, str | None], None]
+"""Writes the PEFT folder of an adapter that is being trained, with its chat template if it has its
+own. Raises OSError."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -44,16 +57,13 @@ def create_engine(
         EngineError: --device or --max-model-len asks for what there is not.
     """
     started_s = time.perf_counter()
-    device = _device(config)
-    if device.type == "cpu":
-        set_num_threads(config.model.threads)
     spec = ModelSpec.from_folder(folder)
     max_model_len = _max_model_len(config, spec.max_context_len)
     if config.cache.kv_cache_memory_bytes is not None:
         # Known beforehand: refuse before minutes of loading, not after.
         _num_blocks(config, spec, spec.dtype, max_model_len, 0, "")
-    loaded = load_model(config.model, folder, device, progress)
-    spec, model = loaded.spec, loaded.model
+    loaded = load_base(config.model, folder, progress)
+    spec, model, device = loaded.spec, loaded.model, loaded.model.device
     pool = LoraPool(
         config.lora,
         model,
@@ -61,19 +71,36 @@ def create_engine(
         fingerprint=loaded.fingerprint,
         device=device,
         dtype=model.dtype,
+        budget_bytes=lora_reserve(spec, config.lora, model.dtype)
+        if device.type == "cuda"
+        else None,
     )
     block_size = config.cache.block_size
     cache_dtype = kv_cache_dtype(config.cache, model.dtype)
-    free_bytes, free_means = _free_for_cache(config, loaded, device, cache_dtype, max_model_len)
+    reserves = _reserves(config, loaded, device, cache_dtype, max_model_len)
+    free_bytes, free_means = _free_for_cache(config, device, sum(reserves.values()))
     num_blocks = _num_blocks(config, spec, model.dtype, max_model_len, free_bytes, free_means)
     progress("allocating the KV cache", 0, 1)
     kv_caches = allocate_kv_caches(
         spec, num_blocks=num_blocks, block_size=block_size, dtype=cache_dtype, device=device
     )
     progress("allocating the KV cache", 1, 1)
+    graphs = None
+    if device.type == "cuda" and not config.scheduler.enforce_eager:
+        graphs = DecodeGraphs(
+            model,
+            kv_caches,
+            pool,
+            CudaGraphBackend(device),
+            sizes=config.scheduler.graph_sizes,
+            block_size=block_size,
+            max_num_blocks=-(-max_model_len // block_size),
+            device=device,
+            budget_bytes=reserves["graphs"],
+        )
     engine = Engine(
         config,
-        ModelRunner(model, kv_caches, pool, block_size=block_size, device=device),
+        ModelRunner(model, kv_caches, pool, block_size=block_size, device=device, graphs=graphs),
         Sampler(),
         GrammarCompiler(config.model.tokenizer or folder, spec.vocab_size, spec.eos_token_ids),
         pool,
@@ -82,6 +109,8 @@ def create_engine(
         vocab_size=spec.vocab_size,
         eos_token_ids=spec.eos_token_ids,
     )
+    kv_cache_bytes = num_blocks * block_bytes(spec, block_size, cache_dtype)
+    memory = {"weights": loaded.weights_bytes, "KV cache": kv_cache_bytes, **reserves}
     info = EngineInfo(
         architecture=spec.architecture,
         vocab_size=spec.vocab_size,
@@ -93,7 +122,8 @@ def create_engine(
         kv_cache_dtype=_name(cache_dtype),
         device=str(device),
         weights_bytes=loaded.weights_bytes,
-        kv_cache_bytes=num_blocks * block_bytes(spec, block_size, cache_dtype),
+        kv_cache_bytes=kv_cache_bytes,
+        memory=tuple(memory.items()),
         base_fingerprint=loaded.fingerprint,
         load_s=time.perf_counter() - started_s,
         quantization=loaded.quantization,
@@ -102,14 +132,70 @@ def create_engine(
     return engine, info
 
 
-def _device(config: EngineConfig) -> torch.device:
+def create_runner(
+    config: EngineConfig,
+    engine: Engine,
+    info: EngineInfo,
+    source: LoraSource,
+    write_adapter: WriteAdapterFiles,
+) -> JobRunner:
+    """What trains beside an engine, on the same base.
+
+    Args:
+        config:        of the engine.
+        engine:        draws the answers of grpo.
+        info:          about the engine.
+        source:        what the engine reads adapters with.
+        write_adapter: writes the folder of an adapter that is being trained.
+    """
+    model = engine.model
+    assert isinstance(model, CausalLM)
+    rollouts = EngineRollouts(engine, source)
+
+    def make_trainer(job: TrainingJob) -> Trainer:
+        return Trainer(
+            job,
+            model,
+            base_fingerprint=info.base_fingerprint,
+            max_model_len=info.max_model_len,
+            load_adapter=source,
+            write_adapter=lambda path, weights, settings: write_adapter(
+                path, weights, settings, job.chat_template
+            ),
+            rollouts=rollouts,
+        )
+
+    return JobRunner(
+        make_trainer,
+        rollouts,
+        source,
+        max_stall_s=config.scheduler.train_max_stall_ms / 1e3,
+        device=model.device,
+    )
+
+
+def load_base(config: ModelConfig, folder: Path, progress: Progress) -> LoadedModel:
+    """Load the model where --device says, with as many threads as --threads says.
+
+    Raises:
+        CheckpointError: the model's folder cannot be loaded.
+        NotEnoughMemory: the weights do not fit.
+        EngineError: --device asks for what there is not.
+    """
+    device = _device(config)
+    if device.type == "cpu":
+        set_num_threads(config.threads)
+    return load_model(config, folder, device, progress)
+
+
+def _device(config: ModelConfig) -> torch.device:
     has_cuda = torch.cuda.is_available()
-    if config.model.device == "cuda" and not has_cuda:
+    if config.device == "cuda" and not has_cuda:
         raise EngineError(
             "--device cuda: this PyTorch finds no GPU. Use --device cpu, or a PyTorch built "
             "for your driver."
         )
-    return torch.device("cuda" if has_cuda and config.model.device != "cpu" else "cpu")
+    return torch.device("cuda" if has_cuda and config.device != "cpu" else "cpu")
 
 
 def _max_model_len(config: EngineConfig, trained_len: int) -> int:
@@ -143,19 +229,20 @@ def _num_blocks(
     )
 
 
-def _free_for_cache(
+def _reserves(
     config: EngineConfig,
     loaded: LoadedModel,
     device: torch.device,
     cache_dtype: torch.dtype,
     max_model_len: int,
-) -> tuple[int, str]:
-    """(bytes, where that number comes from)."""
+) -> dict[str, int]:
+    """What a GPU has to keep free beside weights and KV cache, by name; nothing on the CPU."""
     if device.type == "cpu":
-        return default_cpu_bytes(), "half of the free memory, at most 4 GiB"
+        return {}
+    spec, dtype = loaded.spec, loaded.model.dtype
     activation_bytes = measure_activation_bytes(
         loaded.model,
-        loaded.spec,
+        spec,
         cache_dtype=cache_dtype,
         block_size=config.cache.block_size,
         num_tokens=config.scheduler.max_num_batched_tokens,
@@ -163,9 +250,28 @@ def _free_for_cache(
         max_model_len=max_model_len,
         device=device,
     )
+    reserves = {
+        "activations": activation_bytes,
+        "adapters": lora_reserve(spec, config.lora, dtype),
+        "graphs": graph_reserve(spec, config, dtype),
+        "training": config.cache.training_memory_bytes or 0,
+    }
+    return {name: num_bytes for name, num_bytes in reserves.items() if num_bytes}
+
+
+def _free_for_cache(
+    config: EngineConfig, device: torch.device, reserved_bytes: int
+) -> tuple[int, str]:
+    """(bytes, where that number comes from)."""
+    if device.type == "cpu":
+        return default_cpu_bytes(), "half of the free memory, at most 4 GiB"
     utilization = config.cache.gpu_memory_utilization
-    free_bytes = default_cuda_bytes(device, utilization, activation_bytes)
-    return free_bytes, f"--gpu-memory-utilization {utilization} less weights and activations"
+    free_bytes = default_cuda_bytes(device, utilization, reserved_bytes)
+    means = (
+        f"--gpu-memory-utilization {utilization} less weights and {format_bytes(reserved_bytes)} "
+        f"for activations, adapters, graphs and training"
+    )
+    return free_bytes, means
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -25,25 +25,39 @@ from engine.api import (
     LoadProgress,
     Reply,
     Shutdown,
+    StartTraining,
+    StopTraining,
     UnloadAdapter,
     WorkerFailed,
 )
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineError
-from engine.startup import LoadAdapterFiles, Progress, create_engine
+from engine.lora_source import LoraSource
+from engine.startup import (
+    LoadAdapterFiles,
+    Progress,
+    WriteAdapterFiles,
+    create_engine,
+    create_runner,
+)
+from engine.train.runner import JobRunner
 
 logger = logging.getLogger(__name__)
 
 LOADING_POLL_S = 0.002
-"""How often to look for a finished adapter or grammar while no sequence can run."""
+"""How often to look for a finished adapter or grammar while nothing can run."""
 
 PROGRESS_S = 0.1
 """Least time between two progress messages of one stage."""
 
 
 def run_worker(
-    conn: Connection, config: EngineConfig, folder: Path, load_adapter: LoadAdapterFiles
+    conn: Connection,
+    config: EngineConfig,
+    folder: Path,
+    load_adapter: LoadAdapterFiles,
+    write_adapter: WriteAdapterFiles,
 ) -> None:
     """Entry point of the worker process.
 
@@ -53,24 +67,30 @@ def run_worker(
         folder: of the base model.
         load_adapter: reads and checks an adapter; injected, because the engine does not import
             adapters.
+        write_adapter: writes the folder of an adapter that is being trained; injected likewise.
     """
     _ignore_interrupts()
     _die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s worker %(levelname)s %(message)s")
-    exit_code = _run(conn, config, folder, load_adapter)
+    exit_code = _run(conn, config, folder, LoraSource(load_adapter), write_adapter)
     logging.shutdown()
     # There is nothing to save, and tearing down torch can take a second that Ctrl-C would feel.
     os._exit(exit_code)
 
 
 def _run(
-    conn: Connection, config: EngineConfig, folder: Path, load_adapter: LoadAdapterFiles
+    conn: Connection,
+    config: EngineConfig,
+    folder: Path,
+    source: LoraSource,
+    write_adapter: WriteAdapterFiles,
 ) -> int:
     """The worker's life; returns its exit code."""
     try:
-        engine, info = create_engine(config, folder, load_adapter, _progress_sender(conn))
+        engine, info = create_engine(config, folder, source, _progress_sender(conn))
+        training = create_runner(config, engine, info, source, write_adapter)
         conn.send(info)
-        serve(conn, engine)
+        serve(conn, engine, training)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return 0  # the parent has gone or has closed the pipe: nobody is left to tell
     except EngineError as error:
@@ -84,27 +104,37 @@ def _run(
     return 0
 
 
-def serve(conn: Connection, engine: Engine) -> None:
-    """Take commands and run steps until Shutdown.
+def serve(conn: Connection, engine: Engine, training: JobRunner) -> None:
+    """Take commands, run steps and train between them, until Shutdown.
 
     Raises:
         EOFError, OSError: the pipe is closed.
     """
     has_run = True
     while True:
-        timeout_s = None if not engine.has_work() else (0.0 if has_run else LOADING_POLL_S)
+        timeout_s = _patience_s(engine, training, has_run=has_run)
         while conn.poll(timeout_s):
             command: Command = conn.recv()
             if isinstance(command, Shutdown):
+                training.close()
                 engine.cancel_all()
-                _send_step(conn, engine)
+                _send_step(conn, engine, training)
                 return
-            _handle(engine, command)
+            _handle(engine, training, command)
             timeout_s = 0.0
-        has_run = _send_step(conn, engine)
+        has_run = _send_step(conn, engine, training)
+        for reply in training.advance(has_streams=has_run):
+            conn.send(reply)
 
 
-def _handle(engine: Engine, command: Command) -> None:
+def _patience_s(engine: Engine, training: JobRunner, *, has_run: bool) -> float | None:
+    """How long to wait for a command; None: until there is one."""
+    if training.has_work or (has_run and engine.has_work()):
+        return 0.0
+    return LOADING_POLL_S if engine.has_work() or training.is_running else None
+
+
+def _handle(engine: Engine, training: JobRunner, command: Command) -> None:
     """Pass one command on; a nonsensical one is logged and dropped."""
     try:
         if isinstance(command, GenerateRequest):
@@ -112,18 +142,23 @@ def _handle(engine: Engine, command: Command) -> None:
         elif isinstance(command, CancelRequest):
             engine.cancel(command.request_id)
         elif isinstance(command, LoadAdapter):
+            training.publish(command)
             engine.adapters.load(command)
         elif isinstance(command, UnloadAdapter):
             engine.adapters.unload(command)
+        elif isinstance(command, StartTraining):
+            training.start(command.job)
+        elif isinstance(command, StopTraining):
+            training.stop(command.job_id, command.status)
         else:
             logger.error("A message of unknown type was dropped: %r", type(command))
     except Exception:  # the process boundary
         logger.exception("A command was dropped: %r", command)
 
 
-def _send_step(conn: Connection, engine: Engine) -> bool:
+def _send_step(conn: Connection, engine: Engine, training: JobRunner) -> bool:
     """Run one step and send what it has to say; whether it ran any token."""
-    output = engine.step()
+    output = training.step()
     replies: list[Reply] = list(engine.adapters.take_replies())
     if output.deltas or output.stats.num_step_tokens or replies:
         conn.send(output)

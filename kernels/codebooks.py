@@ -36,17 +36,21 @@ def derive_nf4_codebook() -> list[float]:
     return [value / quantile(outermost) for value in values]
 
 
-def derive_dynamic_map() -> list[float]:
-    """The signed dynamic 8-bit map: 256 sorted values, denser for each decade towards 1.
+def derive_dynamic_map(*, is_signed: bool = True) -> list[float]:
+    """The dynamic 8-bit map: 256 sorted values, denser for each decade towards 1.
 
-    Decade i of seven has 2**i values of either sign, the midpoints of as many equal intervals of
-    [0.1, 1] times 10**(i - 6). Zero and +1 complete the map; there is no -1.
+    Decade i of seven has 2**i values of either sign, or 2**(i + 1) where all are positive: the
+    midpoints of as many equal intervals of [0.1, 1] times 10**(i - 6). Zero and +1 complete the
+    map; there is no -1.
     """
     values = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        count = 2**decade if is_signed else 2 ** (decade + 1)
+        edges = torch.linspace(0.1, 1, count + 1, dtype=torch.float32)
         midpoints = (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
-        values += [*midpoints, *(-value for value in midpoints)]
+        values += midpoints
+        if is_signed:
+            values += [-value for value in midpoints]
     return sorted(values)
 
 
@@ -66,6 +70,9 @@ FP4_CODEBOOK = torch.tensor(
 
 DYNAMIC_MAP = torch.tensor(derive_dynamic_map(), dtype=torch.float32)
 """float32 [256], sorted; what the 8-bit code of a scale stands for."""
+
+UNSIGNED_DYNAMIC_MAP = torch.tensor(derive_dynamic_map(is_signed=False), dtype=torch.float32)
+"""float32 [256], sorted; for what is never negative, as the second moments of an optimizer."""
 
 
 def codebook(quant_type: QuantType) -> Tensor:

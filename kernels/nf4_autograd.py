@@ -1,6 +1,7 @@
 """Training through frozen 4-bit weights: nf4_linear with a gradient to x, and to nothing else.
 
-dX = dY W. The weights are read as they are stored, row-major: no transposed copy.
+dX = dY W. The weights are read as they are stored, row-major: no transposed copy. A training pass
+has many tokens, whose bits may depend on their number, as those of serving may not.
 """
 
 from __future__ import annotations
@@ -39,12 +40,23 @@ class _Nf4Linear(torch.autograd.Function):
         biases: Sequence[Tensor | None],
     ) -> Tensor:
         ctx.weights = weights
-        return nf4_linear(x, weights, biases)
+        return nf4_linear_training(x, weights, biases)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         needed = ctx.needs_input_grad[0]
         return (nf4_linear_backward(grads[0], ctx.weights) if needed else None, None, None)
+
+
+def nf4_linear_training(
+    x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]
+) -> Tensor:
+    """nf4_linear, the same arguments and result, as fast as may be for many tokens.
+
+    Raises:
+        ValueError: shapes or dtypes disagree.
+    """
+    return dispatch("nf4_linear_training", nf4_linear, x, weights, biases)
 
 
 def nf4_linear_backward(grad: Tensor, weights: Sequence[QuantizedWeight]) -> Tensor:

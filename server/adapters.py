@@ -7,6 +7,7 @@ that cannot be served. Loads come one at a time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -22,12 +23,16 @@ from server.errors import ApiError
 from server.metrics import Metrics
 
 log = logging.getLogger("herd.adapters")
+FINE_TUNED = "ft:"
+"""How the names of fine-tuned models begin; other adapters may not."""
 
 
 class LoadsAdapters(Protocol):
     """The part of EngineClient that adapters need."""
 
-    async def load_adapter(self, ref: AdapterRef, pinned: bool = False) -> AdapterReply: ...
+    async def load_adapter(
+        self, ref: AdapterRef, pinned: bool = False, from_training: str | None = None
+    ) -> AdapterReply: ...
     async def unload_adapter(self, ref: AdapterRef) -> None: ...
 
 
@@ -54,6 +59,9 @@ class Adapters:
         self._metrics = metrics
         self._roots = tuple(roots)
         self._reserved_names = frozenset(reserved_names)
+        self.fine_tuned: dict[str, Path] = {}
+        """Models that this server has trained, and their checkpoints: name to folder. They are read
+        when they are first used."""
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -69,17 +77,25 @@ class Adapters:
         """Load an adapter from one of the roots at a client's request.
 
         Args:
-            path: None is the folder of that name.
+            path: None is the folder of that name; a fine-tuned model's name is its folder.
             expected_generation: go on only if this one is current; 0: only if the name is free.
 
         Raises:
             EngineError, ApiError: refused; the registry is as before.
         """
-        folder = await asyncio.to_thread(confine, path or name, self._roots)
+        if name.startswith(FINE_TUNED):
+            raise AdapterError(
+                f"Names that begin with {FINE_TUNED!r} are those of fine-tuned models, which are "
+                f"loaded when they are used. Choose another name."
+            )
+        folder, roots = self.fine_tuned.get(path or name), None
+        if folder is None:
+            roots = self._roots
+            folder = await asyncio.to_thread(confine, path or name, roots)
         async with self._lock:
             self._expect(name, expected_generation)
             return await self._publish(
-                name, folder, load_inplace=load_inplace, pinned=pinned, roots=self._roots
+                name, folder, load_inplace=load_inplace, pinned=pinned, roots=roots
             )
 
     async def load_at_start(self, name: str, folder: Path) -> AdapterRecord:
@@ -90,6 +106,38 @@ class Adapters:
         """
         async with self._lock:
             return await self._publish(name, folder, load_inplace=False, pinned=False, roots=None)
+
+    async def publish_trained(self, name: str, folder: Path) -> AdapterRecord:
+        """Publish what training has just written; the engine takes the weights from memory.
+
+        Raises:
+            EngineError: it cannot be loaded.
+        """
+        self.fine_tuned[name] = folder
+        async with self._lock:
+            return await self._publish(
+                name, folder, load_inplace=True, pinned=False, roots=None, from_training=str(folder)
+            )
+
+    async def wake(self, name: str) -> None:
+        """Load a fine-tuned model that has not been used since the start; other names are left
+        alone.
+
+        Raises:
+            EngineError: it cannot be loaded.
+        """
+        if name not in self.fine_tuned or name in self.registry.names():
+            return
+        async with self._lock:
+            if name not in self.registry.names():
+                folder = self.fine_tuned[name]
+                await self._publish(name, folder, load_inplace=False, pinned=False, roots=None)
+
+    async def withdraw(self, name: str) -> None:
+        """Forget a fine-tuned model, loaded or not."""
+        self.fine_tuned.pop(name, None)
+        with contextlib.suppress(AdapterNotFound):
+            await self.unload(name)
 
     async def unload(self, name: str) -> None:
         """Forget a name; requests that run finish on their generation.
@@ -139,6 +187,7 @@ class Adapters:
         load_inplace: bool,
         pinned: bool,
         roots: Sequence[Path] | None,
+        from_training: str | None = None,
     ) -> AdapterRecord:
         if name in self._reserved_names:
             error = AdapterError(
@@ -153,7 +202,7 @@ class Adapters:
             self.registry.prepare, name, folder, load_inplace=load_inplace, roots=roots
         )
         try:
-            await self._engine.load_adapter(prepared.ref, pinned)
+            await self._engine.load_adapter(prepared.ref, pinned, from_training)
             record = self.registry.commit(prepared, pinned=pinned)
         except BaseException:
             self.registry.discard(prepared)

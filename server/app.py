@@ -18,7 +18,19 @@ from server import errors
 from server.auth import ForeignPageGuard, require_key
 from server.limits import BodyLimit
 from server.metrics import Metrics, adapter_metrics, engine_metrics
-from server.routes import adapters, chat, completions, fallback, health, models, score, tokenize
+from server.routes import (
+    adapters,
+    chat,
+    completions,
+    fallback,
+    feedback,
+    files,
+    fine_tuning,
+    health,
+    models,
+    score,
+    tokenize,
+)
 from server.state import ServerState
 from server.streaming import ClientGone
 
@@ -46,14 +58,21 @@ def create_app(state: ServerState, *, lifespan: Lifespan | None = None) -> FastA
     )
     app.state.herd = state
     # fallback is last: it takes what no other route does.
-    for module in (chat, completions, models, adapters, health, tokenize, score, fallback):
+    for module in (
+        chat, completions, models, adapters, health, tokenize, score, files, fine_tuning,
+        feedback, fallback,
+    ):  # fmt: skip
         app.include_router(module.router)
     errors.install(app)
     app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(ClientDisconnect, _client_gone)
     state.metrics.watch(EngineCollector(state))
     # Added last is outermost.
-    app.add_middleware(BodyLimit, max_bytes=state.config.max_request_bytes)
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=state.config.max_request_bytes,
+        max_file_bytes=state.config.max_file_bytes,
+    )
     if state.config.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

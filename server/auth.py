@@ -71,8 +71,11 @@ def _check(request: Request, keys: Sequence[str]) -> None:
 
 
 def _is_local(request: Request) -> bool:
-    host = request.client.host if request.client else ""
-    return host == "" or is_loopback(host)
+    """From this machine, and not handed on for another one, as a proxy and the page do."""
+    hosts = [request.client.host if request.client else ""]
+    for header in request.headers.getlist("x-forwarded-for"):
+        hosts += [host.strip() for host in header.split(",")]
+    return all(host == "" or is_loopback(host) for host in hosts)
 
 
 def is_loopback(host: str) -> bool:

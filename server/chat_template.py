@@ -107,15 +107,19 @@ def choose_template(
     if override is not None:
         return override
     if adapter is not None and adapter.info.chat_template:
-        source = adapter.info.chat_template
         origin = f"the template of adapter {adapter.name}"
-        return ChatTemplate(source=source, origin=origin, stops=_stops(source))
+        return stored_template(adapter.info.chat_template, origin)
     if adapter is not None and adapter.info.is_guanaco:
         return GUANACO
     if folder_template:
         stops = _stops(folder_template) if isinstance(folder_template, str) else ()
         return ChatTemplate(source=folder_template, origin="the base model's template", stops=stops)
     return None
+
+
+def stored_template(source: str, origin: str) -> ChatTemplate:
+    """The template in an adapter's folder, with what goes with it."""
+    return ChatTemplate(source=source, origin=origin, stops=_stops(source))
 
 
 def _stops(source: str) -> tuple[str, ...]:

@@ -52,6 +52,17 @@ class ServerConfig:
     Retry-After."""
     max_request_bytes: int = 8 * 1024 * 1024
     """Largest request body."""
+    data_dir: str | None = None
+    """Folder for uploaded files, fine-tuning jobs and their models; by default herd in
+    $XDG_DATA_HOME or ~/.local/share."""
+    database: str | None = None
+    """Where files, jobs and feedback are listed: a URL as SQLAlchemy takes it, such as
+    postgresql+psycopg://user@host/name; an SQLite file in --data-dir by default. Each --data-dir
+    has one of its own."""
+    max_file_bytes: int = 512 * 1024 * 1024
+    """Largest file that may be uploaded."""
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard's logs of fine-tuning jobs."""
     shutdown_timeout_s: float = 30.0
     """After SIGTERM, how long running requests may take to finish."""
     sse_ping_interval_s: float = 15.0
@@ -59,6 +70,9 @@ class ServerConfig:
     open."""
     ui: bool = True
     """The chat page at /."""
+    feedback: bool = True
+    """Take feedback on answers. The newest answers are held in memory until somebody judges one;
+    only those are kept, in the database."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """What is logged."""
 
@@ -76,6 +90,7 @@ class ServerConfig:
             "a positive number",
             self.max_request_bytes,
         )
+        require(self.max_file_bytes > 0, "max_file_bytes", "a positive number", self.max_file_bytes)
         require(
             self.shutdown_timeout_s >= 0, "shutdown_timeout_s", "0 or more", self.shutdown_timeout_s
         )

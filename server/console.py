@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.api import EngineInfo, LoadProgress
+from engine.memory import format_bytes
 from server.chat_template import choose_template
 from server.engine_client import EngineClient
 from server.state import ServerState
@@ -53,11 +54,18 @@ def announce(info: EngineInfo, state: ServerState, url: str, seconds: float) -> 
         f"{notes}\nHerd is ready after {seconds:.1f} s: {state.model_names[0]} "
         f"({info.architecture}, {info.quantization}, {info.weights_bytes / 1e6:,.0f} MB, "
         f"{info.device}), adapters: {', '.join(names) or 'none'}\n"
-        f"  page  {url + '/' if state.config.ui else 'off (--no-ui)'}\n"
-        f"  API   {url}/v1\n"
-        f"  try   {_curl(state, url)}\n\n"
+        f"  memory  {_memory(info)}\n"
+        f"  page    {url + '/' if state.config.ui else 'off (--no-ui)'}\n"
+        f"  API     {url}/v1\n"
+        f"  try     {_curl(state, url)}\n\n"
     )
     sys.stdout.flush()
+
+
+def _memory(info: EngineInfo) -> str:
+    """Each part's share, and what the KV cache holds."""
+    parts = ", ".join(f"{name} {format_bytes(num_bytes)}" for name, num_bytes in info.memory)
+    return f"{parts}; {info.num_kv_blocks * info.block_size:,} tokens in the KV cache"
 
 
 def _curl(state: ServerState, url: str) -> str:

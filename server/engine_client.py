@@ -31,7 +31,12 @@ from engine.api import (
     LoadAdapter,
     LoadProgress,
     RequestDelta,
+    StartTraining,
     StepOutput,
+    StopTraining,
+    TrainingEnded,
+    TrainingEvent,
+    TrainingJob,
     UnloadAdapter,
     WorkerFailed,
 )
@@ -41,6 +46,7 @@ from server.worker_process import WorkerProcess
 
 if TYPE_CHECKING:
     from engine.lora import LoraWeights
+    from engine.startup import WriteAdapterFiles
 
 logger = logging.getLogger(__name__)
 
@@ -58,17 +64,23 @@ class EngineClient:
     """One engine worker at a time, seen from the event loop, on whose thread all is called."""
 
     def __init__(
-        self, config: EngineConfig, folder: Path, load_adapter: Callable[[AdapterRef], LoraWeights]
+        self,
+        config: EngineConfig,
+        folder: Path,
+        load_adapter: Callable[[AdapterRef], LoraWeights],
+        write_adapter: WriteAdapterFiles,
     ) -> None:
         """
         Args:
             config: passed to the worker.
             folder: of the base model.
             load_adapter: a module-level function: it is sent to another process by name.
+            write_adapter: likewise; writes the folder of an adapter that is being trained.
         """
         self._config = config
         self._folder = folder
         self._load_adapter = load_adapter
+        self._write_adapter = write_adapter
         self.state: State = "loading"
         self.info: EngineInfo | None = None
         self.stats = EngineStats()
@@ -78,11 +90,16 @@ class EngineClient:
         """Why the last worker ended."""
         self.on_restart: Callable[[], Awaitable[None]] | None = None
         """Awaited when a new worker is ready, before requests reach it: load the adapters again."""
+        self.on_training_event: Callable[[TrainingEvent], None] | None = None
+        """Called with what a training job has to say. When the worker dies that is a TrainingEnded,
+        failed with code "engine_restarting": started again, in on_restart or later, the job goes on
+        from its last checkpoint."""
         self._worker: WorkerProcess | None = None
         self._ready: asyncio.Future[EngineInfo] | None = None
         self._requests: dict[str, asyncio.Queue[RequestDelta]] = {}
         self._commands: dict[int, asyncio.Future[AdapterReply]] = {}
         self._num_commands = 0
+        self._training_jobs: set[str] = set()
         self._ready_since_s: float | None = None
         self._num_quick_deaths = 0
         self._supervisor: asyncio.Task[None] | None = None
@@ -150,15 +167,25 @@ class EngineClient:
                 del self._requests[request.request_id]
                 self._send(CancelRequest(request_id=request.request_id))
 
-    async def load_adapter(self, ref: AdapterRef, pinned: bool = False) -> AdapterReply:
+    async def load_adapter(
+        self, ref: AdapterRef, pinned: bool = False, from_training: str | None = None
+    ) -> AdapterReply:
         """Have the worker read, check and place an adapter.
+
+        Args:
+            ref: a generation that is not loaded.
+            pinned: it keeps its row until it is unloaded.
+            from_training: folder that a training event has named: no disk is read where the
+                trainer still has those weights.
 
         Raises:
             EngineError: the adapter is refused, or the worker is not there or dies meanwhile.
         """
         self._num_commands += 1
         return await self._command(
-            LoadAdapter(command_id=self._num_commands, ref=ref, pinned=pinned)
+            LoadAdapter(
+                command_id=self._num_commands, ref=ref, pinned=pinned, from_training=from_training
+            )
         )
 
     async def unload_adapter(self, ref: AdapterRef) -> None:
@@ -169,6 +196,23 @@ class EngineClient:
         """
         self._num_commands += 1
         await self._command(UnloadAdapter(command_id=self._num_commands, ref=ref))
+
+    def start_training(self, job: TrainingJob) -> None:
+        """Have the worker train; on_training_event hears about it until a TrainingEnded. One job
+        runs at a time, and one whose folder holds a checkpoint goes on from there.
+
+        Raises:
+            EngineError: the worker is not there.
+        """
+        if self._worker is None or self.state not in ("ready", "restarting"):
+            raise self._unavailable()
+        self._training_jobs.add(job.job_id)
+        self._send(StartTraining(job=job))
+
+    def stop_training(self, job_id: str, status: Literal["paused", "cancelled"]) -> None:
+        """Have a job end after the step that runs, with a checkpoint; its TrainingEnded tells when
+        it has. A job that does not run is left alone."""
+        self._send(StopTraining(job_id=job_id, status=status))
 
     async def _command(self, command: LoadAdapter | UnloadAdapter) -> AdapterReply:
         if self._worker is None or self.state not in ("ready", "restarting"):
@@ -192,7 +236,10 @@ class EngineClient:
         self._ready = loop.create_future()
         self.progress = None
         self._worker = WorkerProcess(
-            self._config, self._folder, self._load_adapter, loop, self._on_message, self._on_death
+            (self._config, self._folder, self._load_adapter, self._write_adapter),
+            loop,
+            self._on_message,
+            self._on_death,
         )
         self.info = await self._ready
         self._ready_since_s = time.monotonic()
@@ -219,6 +266,8 @@ class EngineClient:
             future = self._commands.get(message.command_id)
             if future is not None and not future.done():
                 future.set_result(message)
+        elif isinstance(message, TrainingEvent):
+            self._deliver_training_event(message)
         elif isinstance(message, LoadProgress):
             self.progress = message
         elif isinstance(message, EngineInfo):
@@ -236,6 +285,12 @@ class EngineClient:
             deltas = self._requests.pop(delta.request_id, None)
         if deltas is not None:
             deltas.put_nowait(delta)
+
+    def _deliver_training_event(self, event: TrainingEvent) -> None:
+        if isinstance(event, TrainingEnded):
+            self._training_jobs.discard(event.job_id)
+        if self.on_training_event is not None:
+            self.on_training_event(event)
 
     def _on_death(self, worker: WorkerProcess, description: str) -> None:
         """The worker's pipe has closed: fail whoever waits for it, and start another."""
@@ -300,7 +355,8 @@ class EngineClient:
                 return
 
     def _end_all(self, error: EngineError | None) -> None:
-        """End every waiting request and command: with an error, or as cancelled without one."""
+        """End every waiting request, command and job: with an error, or as cancelled without one.
+        Jobs go on later."""
         for request_id in list(self._requests):
             if error is None:
                 self._deliver(RequestDelta(request_id=request_id, finish_reason="cancelled"))
@@ -309,6 +365,11 @@ class EngineClient:
         for future in self._commands.values():
             if not future.done():
                 future.set_exception(error or self._unavailable())
+        lost = error or self._unavailable()
+        for job_id in list(self._training_jobs):
+            self._deliver_training_event(
+                TrainingEnded(job_id=job_id, status="failed", error=lost.info())
+            )
 
     def _unavailable(self) -> EngineError:
         if self.state == "failed":

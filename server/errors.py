@@ -34,8 +34,13 @@ STATUS = {
     "model_not_found": 404,
     "not_enough_memory": 503,
     "engine_restarting": 503,
+    "database_unavailable": 503,
+    "storage_full": 507,
 }
-RETRY_AFTER_S = {"queue_full": 1, "engine_restarting": 5, "engine_loading": 5, "shutting_down": 30}
+RETRY_AFTER_S = {
+    "queue_full": 1, "engine_restarting": 5, "engine_loading": 5, "shutting_down": 30,
+    "database_unavailable": 5,
+}  # fmt: skip
 
 
 class ApiError(Exception):
@@ -139,7 +144,7 @@ def from_validation(error: ValidationError) -> ApiError:
 
 
 # A check over several parameters begins its message with the one at fault.
-_NAMED = re.compile(r"Value error, ([a-z_]+): ")
+_NAMED = re.compile(r"Value error, ([a-z_0-9]+): ")
 
 
 def _deepest(problems: list[Any]) -> list[Any]:

@@ -153,6 +153,13 @@ def engine_metrics(
     yield counter("adapter_loads", "Adapters put on the device", stats.num_adapter_loads)
     yield counter("adapter_evictions", "Adapters that gave way", stats.num_adapter_evictions)
     yield counter("adapter_load_time_seconds", "Time spent loading adapters", stats.adapter_load_s)
+    yield counter("spec_decode_num_drafts", "Times that tokens were guessed", stats.num_drafts)
+    yield counter("spec_decode_num_draft_tokens", "Tokens guessed", stats.num_draft_tokens)
+    yield counter(
+        "spec_decode_num_accepted_tokens",
+        "Guessed tokens that became text",
+        stats.num_accepted_tokens,
+    )
     yield counter("worker_restarts", "Times the engine worker was started again", num_restarts)
     if info is not None:
         facts = {

@@ -196,14 +196,21 @@ def chat_tokens(
 def template_messages(messages: Sequence[Message], template: ChatTemplate) -> list[dict[str, Any]]:
     """Messages as templates take them: plain dicts, text content, no role they do not know."""
     knows_developer = "developer" in template.text(with_tools=False)
+    plain = plain_messages(messages)
+    for fields in plain:
+        if fields["role"] == "developer" and not knows_developer:
+            fields["role"] = "system"
+    return plain
+
+
+def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as plain dicts with text content."""
     plain = []
     for message in messages:
         fields = _dump(message) or {}
         fields["content"] = message.text()
         for name in ("refusal", "annotations"):
             fields.pop(name, None)
-        if message.role == "developer" and not knows_developer:
-            fields["role"] = "system"
         plain.append(fields)
     return plain
 
@@ -224,7 +231,7 @@ def template_for(state: ServerState, adapter: AdapterRecord | None, model: str) 
 
 def _ranks(body: ChatCompletionRequest | CompletionRequest) -> bool:
     """Whether best_of has something to choose from, by log-probability."""
-    return (body.best_of or 1) > (body.n or 1)
+    return body.reward_adapter is None and (body.best_of or 1) > (body.n or 1)
 
 
 def _one_grammar(first: GrammarSpec | None, body: GenerationRequest) -> GrammarSpec | None:

@@ -51,6 +51,8 @@ class GenerationRequest(Body):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    reward_adapter: Text | None = None
+    """Chooses among best_of candidates; without it the model's own log-probability does."""
     min_tokens: Annotated[int, Field(ge=0, le=INT64)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
@@ -104,6 +106,13 @@ class GenerationRequest(Body):
                 )
             if self.stream and self.best_of > num_choices:
                 raise ValueError("best_of: cannot be streamed, the best is known at the end only")
+        if self.reward_adapter is not None:
+            if self.best_of is None:
+                raise ValueError("reward_adapter: only allowed with best_of, from which it chooses")
+            if self.stream:
+                raise ValueError(
+                    "reward_adapter: cannot be streamed, the best is known at the end only"
+                )
         given = [name for name in STRUCTURES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{given[1]}: cannot be combined with {given[0]}")
@@ -205,6 +214,8 @@ class CompletionRequest(GenerationRequest):
             raise ValueError("max_tokens: 0 is only allowed with echo=true")
         if self.echo and (self.best_of or 1) > (self.n or 1):
             raise ValueError("best_of: cannot be combined with echo")
+        if self.echo and self.reward_adapter is not None:
+            raise ValueError("reward_adapter: cannot be combined with echo")
         if not self.prompt and not isinstance(self.prompt, str):
             raise ValueError("prompt: expected at least one prompt, got an empty list")
         return self

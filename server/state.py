@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+from pydantic import BaseModel
 from starlette.requests import Request
 
 from adapters.registry import AdapterRecord, Registry
@@ -22,9 +24,15 @@ from server.adapters import Adapters
 from server.chat_template import ChatTemplate
 from server.config import ServerConfig
 from server.errors import ApiError
+from server.feedback import Feedback
+from server.files import Files
 from server.generation import Generates
+from server.jobs import Jobs
+from server.limits import body_of
 from server.metrics import Metrics
 from server.tokenizer import Tokenizer
+
+B = TypeVar("B", bound=BaseModel)
 
 
 class Engine(Generates, Protocol):
@@ -40,7 +48,9 @@ class Engine(Generates, Protocol):
     def progress(self) -> LoadProgress | None: ...
     @property
     def num_restarts(self) -> int: ...
-    async def load_adapter(self, ref: AdapterRef, pinned: bool = False) -> AdapterReply: ...
+    async def load_adapter(
+        self, ref: AdapterRef, pinned: bool = False, from_training: str | None = None
+    ) -> AdapterReply: ...
     async def unload_adapter(self, ref: AdapterRef) -> None: ...
     async def stop(self, timeout_s: float) -> None: ...
 
@@ -59,6 +69,9 @@ class ServerState:
     max_num_seqs: int
     """Sequences that run at once; what is admitted beyond them waits."""
     metrics: Metrics
+    files: Files
+    feedback: Feedback
+    jobs: Jobs
     chat_template: ChatTemplate | None = None
     """--chat-template."""
     version: str = "0.1.0"
@@ -179,6 +192,22 @@ class Lease:
     def headers(self) -> dict[str, str]:
         """Which generation answers."""
         return {"X-Herd-Adapter-Generation": str(self.ref.generation)} if self.ref else {}
+
+
+def awake_body_of(model: type[B]) -> Callable[[Request], Awaitable[B]]:
+    """A dependency as limits.body_of; fine-tuned models that the body names are loaded as well,
+    where no request has used them since the start."""
+    read = body_of(model)
+
+    async def read_and_wake(request: Request) -> B:
+        body = await read(request)
+        for param in ("model", "reward_adapter"):
+            name = getattr(body, param, None)
+            if name is not None:
+                await state_of(request).adapters.wake(name)
+        return body
+
+    return read_and_wake
 
 
 def state_of(request: Request) -> ServerState:

@@ -18,13 +18,13 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.api import AdapterRef, Command, Shutdown
+from engine.api import Command, Shutdown
 from engine.config import EngineConfig
 from engine.errors import EngineError
 from engine.worker import run_worker
 
 if TYPE_CHECKING:
-    from engine.lora import LoraWeights
+    from engine.startup import LoadAdapterFiles, WriteAdapterFiles
 
 logger = logging.getLogger(__name__)
 
@@ -34,18 +34,23 @@ class WorkerProcess:
 
     def __init__(
         self,
-        config: EngineConfig,
-        folder: Path,
-        load_adapter: Callable[[AdapterRef], LoraWeights],
+        worker_args: tuple[EngineConfig, Path, LoadAdapterFiles, WriteAdapterFiles],
         loop: asyncio.AbstractEventLoop,
         on_message: Callable[[WorkerProcess, object], None],
         on_death: Callable[[WorkerProcess, str], None],
     ) -> None:
+        """
+        Args:
+            worker_args: run_worker's, after the pipe; they are sent to another process.
+            loop: on which the two callbacks are called.
+            on_message: with each message of the worker.
+            on_death: once, with a description of the end.
+        """
         context = multiprocessing.get_context("spawn")
         self._conn, child_conn = context.Pipe()
         self.process = context.Process(
             target=run_worker,
-            args=(child_conn, config, folder, load_adapter),
+            args=(child_conn, *worker_args),
             name="engine-worker",
             daemon=True,
         )

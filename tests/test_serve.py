@@ -2,60 +2,26 @@
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
 import serve
+from tests.serve_process import ROOT, Herd
 
-ROOT = Path(__file__).parent.parent
 START_TIMEOUT_S = 60
 QUESTION = [{"role": "user", "content": "What is NF4?"}]
 
 
-class Herd:
-    """A running serve.py."""
-
-    def __init__(self, *flags: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "serve.py", "--port", "0", *flags],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        lines = []
-        for line in self.process.stdout:
-            lines.append(line)
-            if found := re.search(r"API\s+(http://\S+)/v1", line):
-                self.url = found[1]
-                return
-        raise AssertionError("".join(lines) + self.process.stderr.read())
-
-    def worker_pid(self) -> int:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        for pid in children.split():
-            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                return int(pid)
-        raise AssertionError(f"no worker among {children}")
-
-    def stop(self, number: int = signal.SIGINT) -> tuple[int, str]:
-        self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=30)
-        return self.process.returncode, errors
-
-
 @pytest.fixture(scope="module")
-def herd():
-    running = Herd()
+def herd(tmp_path_factory):
+    running = Herd(tmp_path_factory.mktemp("data"))
     yield running
     running.stop()
 
@@ -119,8 +85,8 @@ def test_a_killed_worker_costs_one_clear_error_and_seconds(herd, client):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_cleanly(number):
-    running = Herd("--no-ui", "--adapter", "pirate")
+def test_a_signal_ends_it_cleanly(number, tmp_path):
+    running = Herd(tmp_path, "--no-ui", "--adapter", "pirate")
     assert [model["id"] for model in httpx.get(f"{running.url}/v1/models").json()["data"]] == [
         "demo",
         "pirate",

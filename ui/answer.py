@@ -12,7 +12,8 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
-from ui.client import ApiError, Client, Piece, Sampling
+from ui.api_types import ApiError, Piece, Sampling
+from ui.client import Client
 
 DRAW_INTERVAL_S = 0.05
 WAIT_INTERVAL_S = 1.0
@@ -37,6 +38,8 @@ class Answer:
 
     model: str
     generation: int | None = None
+    response_id: str | None = None
+    """None: it cannot be judged."""
     text: str = ""
     is_continuation: bool = False
     """The model has no chat template: its text continues the user's."""
@@ -60,6 +63,8 @@ class Answer:
             self.first_at = self.first_at or self.last_at
         self.finish_reason = piece.finish_reason or self.finish_reason
         self.generation = piece.generation or self.generation
+        if not self.is_continuation:  # the API takes feedback on chats
+            self.response_id = piece.response_id or self.response_id
         self.num_tokens = piece.num_tokens or self.num_tokens
 
     @property

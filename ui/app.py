@@ -10,15 +10,15 @@ Notable  a conversation lives in the browser and comes with each event, and so d
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
 
+from ui.chat_view import EVENT, make_settings, make_view, wire_view
 from ui.client import Client
-from ui.handlers import Settings, Talk, View
 from ui.models import Models
 from ui.mount import mount_blocks
+from ui.train_view import make_train_view, wire_training
 
 ASSETS = Path(__file__).parent / "assets"
 NOT_READY_INTERVAL_S = 2.0
@@ -29,14 +29,6 @@ LOST = (
 """Shown by page.js, for then no event reaches this process."""
 MAX_SESSIONS = 500
 """Page loads that Gradio keeps settings for; the page needs none of them, so the oldest may go."""
-
-EVENT: dict[str, Any] = {
-    "preprocess": False,
-    "show_progress": "hidden",
-    "api_visibility": "private",
-    "concurrency_limit": None,
-}
-"""Every event: raw values, no overlay, no API of its own, as many at once as there are visitors."""
 
 
 def mount_page(app: FastAPI, base_url: str, *, api_key: str | None = None, path: str = "/") -> None:
@@ -82,17 +74,20 @@ def build_page(base_url: str, api_key: str | None = None, *, verify: bool = True
             use_key = gr.Button("Use this key", size="sm", scale=0, min_width=120)
         with gr.Row():
             with gr.Column(scale=3, min_width=300), gr.Tabs():
-                with gr.Tab("Chat"):
-                    chat = _view("Who answers", autofocus=True)
-                with gr.Tab("Side by side"):
-                    pair = _view("Left", "Right")
+                with gr.Tab("Chat") as chat_tab:
+                    chat = make_view("Who answers", autofocus=True)
+                with gr.Tab("Side by side") as pair_tab:
+                    pair = make_view("Left", "Right")
+                with gr.Tab("Train") as train_tab:
+                    train = make_train_view()
             with gr.Column(scale=1, min_width=250):
-                settings = _settings()
+                settings = make_settings()
         timer = gr.Timer(NOT_READY_INTERVAL_S, active=False)
 
         common = {"client": client, "api_key": api_key, "key_row": key_row}
         for view in (chat, pair):
-            _wire(Talk(view=view, settings=settings, **common))
+            wire_view(view, settings, **common)
+        opening = wire_training(train, settings, tab=train_tab, **common)
         pickers = [*chat.pickers, *pair.pickers]
         max_tokens = settings.sampling["max_tokens"]
         models = Models(
@@ -104,9 +99,12 @@ def build_page(base_url: str, api_key: str | None = None, *, verify: bool = True
             "outputs": [*pickers, notice, key_row, max_tokens, timer],
             **EVENT,
         }
-        gr.on([page.load, timer.tick, reload.click], **refresh)
+        # What has been trained meanwhile can be picked.
+        returns = [chat_tab.select, pair_tab.select]
+        gr.on([page.load, timer.tick, reload.click, *returns], **refresh)
         # The key's own event runs in the browser alone; only its refresh reaches this process.
-        gr.on([key.submit, use_key.click], None, key, None, js="herdKeepKey").then(**refresh)
+        keep_key = gr.on([key.submit, use_key.click], None, key, None, js="herdKeepKey")
+        keep_key.then(**refresh).then(**opening)
     return page
 
 
@@ -121,79 +119,3 @@ def page_theme() -> gr.themes.Base:
     ).set(  # the default grey is too faint for small print
         body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400"
     )
-
-
-def _settings() -> Settings:
-    with gr.Accordion("Settings", elem_id="herd-settings"):
-        system_prompt = gr.Textbox(
-            label="System prompt", lines=3, max_lines=8, placeholder="How should the model behave?"
-        )
-        sampling = {
-            "max_tokens": gr.Slider(1, 4096, 256, step=1, label="Max tokens"),
-            "temperature": gr.Slider(
-                0, 2, 0.7, step=0.05, label="Temperature", info="0: always the likeliest token"
-            ),
-            "top_p": gr.Slider(0.05, 1, 0.9, step=0.05, label="Top p"),
-            "top_k": gr.Slider(0, 200, 0, step=1, label="Top k", info="0: no limit"),
-            "min_p": gr.Slider(0, 1, 0, step=0.01, label="Min p"),
-            "repetition_penalty": gr.Slider(1, 2, 1, step=0.05, label="Repetition penalty"),
-        }
-        # Not a number field: that shows 0 when it is empty.
-        seed = gr.Textbox(
-            label="Seed", max_length=19, placeholder="empty: another answer each time"
-        )
-    return Settings(system_prompt=system_prompt, sampling=sampling, seed=seed)
-
-
-def _view(*titles: str, autofocus: bool = False) -> View:
-    """One tab: a picker and a conversation per title, and one box to ask them all."""
-    pickers, chatbots = [], []
-    with gr.Row(elem_classes=["herd-columns", f"herd-{len(titles)}-columns"]):
-        for title in titles:
-            with gr.Column(min_width=260):
-                pickers.append(gr.Dropdown([], label=title, filterable=False))
-                chatbots.append(
-                    gr.Chatbot(
-                        label=f"{title}: conversation",
-                        show_label=False,
-                        height=None,  # page.css fits it to the window
-                        elem_classes="herd-chat",
-                        editable="user",
-                        buttons=["copy"],
-                        placeholder="Ask something.",
-                        feedback_options=None,
-                    )
-                )
-    box = gr.Textbox(
-        label="Message",
-        show_label=False,
-        placeholder="Write a message",
-        max_lines=8,
-        submit_btn="Send",
-        autofocus=autofocus,
-        elem_classes="herd-box",
-    )
-    with gr.Row(elem_classes="herd-buttons"):
-        again = gr.Button("Regenerate", size="sm", min_width=80)
-        undo = gr.Button("Undo", size="sm", min_width=80)
-        clear = gr.Button("Clear", size="sm", min_width=80)
-    return View(pickers=pickers, chatbots=chatbots, box=box, again=again, undo=undo, clear=clear)
-
-
-def _wire(talk: Talk) -> None:
-    """Connect one tab's components to what happens."""
-    view = talk.view
-    outputs = [*view.chatbots, view.box, view.again, view.undo, view.clear, talk.key_row]
-    event = {
-        "inputs": {view.box, *view.pickers, *view.chatbots, *talk.settings.components},
-        "outputs": outputs,
-        **EVENT,
-    }
-    view.box.submit(talk.ask, **event)
-    view.again.click(talk.ask_again, **event)
-    for chatbot in view.chatbots:
-        chatbot.retry(talk.retry, **event)
-        chatbot.edit(talk.edit, **event)
-    gr.on([view.undo.click, *(chatbot.undo for chatbot in view.chatbots)], talk.undo, **event)
-    view.box.stop(talk.stop, None, outputs, **EVENT)
-    view.clear.click(talk.clear, None, outputs, **EVENT)

@@ -2,11 +2,13 @@
 
 A message is {"role", "content": [part, ...]}, a part is {"type": "text", "text"}. The
 first part is what was said; an answer has a second, its byline: who answered, how fast, how it
-ended. The browser sends the conversation with each event, so a restarted server carries on with it.
+ended, what the visitor thought of it, and in a data attribute the API's id of the response. The
+browser sends the conversation with each event, so a restarted server carries on with it.
 """
 
 from __future__ import annotations
 
+import re
 from html import escape
 from typing import Any
 
@@ -47,7 +49,7 @@ def byline(answer: Answer) -> str:
         notes.append("empty answer")
     elif answer.error is None and answer.finish_reason is not None:
         notes.append(FINISH_NOTES.get(answer.finish_reason, answer.finish_reason))
-    line = _byline_html(answer.model, notes)
+    line = _byline_html(answer.model, notes, answer.response_id)
     if answer.error is not None:
         line += f'<span class="herd-error">{escape(str(answer.error))}</span>'
     return line
@@ -91,10 +93,39 @@ def without_last_exchange(history: History) -> tuple[History, str]:
     return (kept[:-1], text_of(kept[-1])) if kept else ([], "")
 
 
+def response_id_of(message: Message) -> str | None:
+    """The API's id of an answer; None where it cannot be judged."""
+    content = message["content"]
+    if isinstance(content, str) or len(content) < 2:
+        return None
+    found = re.match(r'<span class="herd-by" data-response="([\w-]+)"', content[1]["text"])
+    return found[1] if found else None
+
+
+def with_verdict(message: Message, verdict: str) -> Message:
+    """An answer whose byline shows what the visitor thought of it; "" takes that away."""
+    said, by = message["content"]
+    line = re.sub(r'<i class="herd-verdict">.*?</i>', "", by["text"])
+    if verdict:
+        line = line.replace("</span>", f"{_verdict_html(verdict)}</span>", 1)
+    return {**message, "content": [said, _part(line)]}
+
+
+def has_verdict(message: Message, verdict: str) -> bool:
+    """Whether the byline shows just this."""
+    content = message["content"]
+    return not isinstance(content, str) and _verdict_html(verdict) in content[-1]["text"]
+
+
 def _part(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def _byline_html(name: str, notes: list[str]) -> str:
+def _verdict_html(verdict: str) -> str:
+    return f'<i class="herd-verdict"> · {escape(verdict)}</i>'
+
+
+def _byline_html(name: str, notes: list[str], response_id: str | None) -> str:
     line = " · ".join([f"<b>{escape(name)}</b>", *filter(None, notes)])
-    return f'<span class="herd-by">{line}</span>'
+    data = f' data-response="{escape(response_id)}"' if response_id else ""
+    return f'<span class="herd-by"{data}>{line}</span>'

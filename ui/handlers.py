@@ -18,7 +18,8 @@ from gradio.components import Component
 
 from ui import conversation as talk
 from ui.answer import Answer, Question, answer_together
-from ui.client import Client, Sampling
+from ui.api_types import Sampling, Visitor
+from ui.client import Client
 from ui.conversation import History
 
 Values = dict[Component, Any]
@@ -35,6 +36,11 @@ class View:
     again: gr.Button
     undo: gr.Button
     clear: gr.Button
+    better: gr.Textbox
+    """Shown after thumbs down: what would have been a better answer?"""
+    left_wins: gr.Button | None = None
+    """Of two answers side by side the left one is better; None where there is one column."""
+    right_wins: gr.Button | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +216,12 @@ class Talk:
             self.view.undo: gr.update(interactive=True),
             self.view.clear: gr.update(interactive=True),
         }
+
+
+def visitor_of(request: gr.Request, default_key: str | None) -> Visitor:
+    """Who caused this event, for calls of the API beyond asking."""
+    address = request.client.host if request.client else None
+    return Visitor(key=api_key_of(request, default_key), address=address)
 
 
 def api_key_of(request: gr.Request, default: str | None) -> str | None:

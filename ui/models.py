@@ -9,7 +9,8 @@ from html import escape
 
 import gradio as gr
 
-from ui.client import ApiError, Client, ModelCard
+from ui.api_types import ApiError, ModelCard
+from ui.client import Client
 from ui.handlers import Updates, Values, api_key_of
 
 WANTS_KEY = "This server asks for an API key."
@@ -39,7 +40,7 @@ class Models:
         key = api_key_of(request, self.api_key)
         try:
             reason = await self.client.why_not_ready()
-            cards = await self.client.models(key)
+            cards = [card for card in await self.client.models(key) if not card.scores]
         except ApiError as error:
             text = WANTS_KEY if error.wants_key and not key else escape(str(error))
             return {

@@ -38,7 +38,11 @@ SIGNATURES = {
     "write_kv": (_I, _P, _P, _L, _L, _P, _P, _P, _L, _L),
     "attention": (_I, _P),
     "add_lora": (_I, _P, _L, _P, _L, _L, _P, _L, _P),
+    "rms_norm_backward": (_I, _P, _P, _P, _F, _L, _L, _P),
+    "silu_and_mul_backward": (_I, _P, _P, _L, _L, _P),
+    "label_logps": (_I, _P, _L, _L, _P, _F, _P, _P, _P),
     "decode": (_P, _P),
+    "nucleus_floors": (_P, _L, _L, _P, _P, _P),
     "read": (_P, _L),
 }
 """Arguments of the library's functions, herd_<name> each."""

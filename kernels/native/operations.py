@@ -35,6 +35,7 @@ from kernels.native.library import (
     quantized_matrix,
 )
 from kernels.nf4 import QuantizedWeight
+from kernels.truncation import sum_rows
 
 
 class NativeOperations:
@@ -187,6 +188,21 @@ class NativeOperations:
             DTYPES[gate_up.dtype], gate_up.data_ptr(), num_tokens, size, out.data_ptr()
         )
         return out
+
+    # Choosing tokens.
+
+    def accepts_nucleus_floors(self, probs: Tensor, top_p: Tensor) -> bool:
+        """Whether nucleus_floors can run."""
+        return is_plain(probs) and probs.dtype == top_p.dtype == torch.float32
+
+    def nucleus_floors(self, probs: Tensor, top_p: Tensor) -> Tensor:
+        """kernels/truncation.py's nucleus_floors."""
+        totals = sum_rows(probs)
+        floors = probs.new_empty(probs.shape[0])
+        self._library.herd_nucleus_floors(
+            probs.data_ptr(), *probs.shape, totals.data_ptr(), top_p.data_ptr(), floors.data_ptr()
+        )
+        return floors
 
     # The KV cache.
 

@@ -13,7 +13,11 @@ NAME = "native"
 OPERATIONS = (
     "relayout", "prepare_weight", "dequantize_4bit", "nf4_linear", "linear", "int8_linear",
     "rms_norm", "add_rms_norm", "apply_rotary", "silu_and_mul", "write_kv_cache", "paged_attention",
-    "add_lora", "prepare_decoder",
+    "add_lora", "nucleus_floors", "prepare_decoder",
+)  # fmt: skip
+TRAINING = (
+    "nf4_linear_training", "nf4_linear_backward", "rms_norm_backward", "silu_and_mul_backward",
+    "label_logps",
 )  # fmt: skip
 LAYOUT_NEEDS = {"relayout", "dequantize_4bit", "nf4_linear"}
 """Without all of these a weight keeps the checkpoint's layout."""
@@ -31,16 +35,20 @@ def register_native(instruction_set: str) -> None:
     from kernels.native.library import load
     from kernels.native.operations import NativeOperations
     from kernels.native.self_test import failing_operations
+    from kernels.native.training import NativeTraining
+    from kernels.native.training_self_test import failing_training_operations
 
     try:
-        operations = NativeOperations(load(instruction_set))
+        library = load(instruction_set)
     except (BuildError, OSError) as error:
         logger.warning("Native CPU kernels are off, PyTorch is used, which is slower: %s", error)
         return
-    for name in OPERATIONS:
-        run, accepts = getattr(operations, name), getattr(operations, f"accepts_{name}")
-        register(name, Implementation(NAME, run, accepts))
-    failing = set(failing_operations(operations))
+    operations, training = NativeOperations(library), NativeTraining(library)
+    for owner, names in ((operations, OPERATIONS), (training, TRAINING)):
+        for name in names:
+            run, accepts = getattr(owner, name), getattr(owner, f"accepts_{name}")
+            register(name, Implementation(NAME, run, accepts))
+    failing = {*failing_operations(operations), *failing_training_operations(training, operations)}
     if failing:
         logger.warning(
             "Native CPU kernels disagree with the references and are not used: %s. Please report "

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kernels import fused, int8_linear, layout, linear, lora, nf4, nf4_linear, paged_attention
+from kernels import (
+    fused,
+    int8_linear,
+    layout,
+    linear,
+    lora,
+    nf4,
+    nf4_linear,
+    paged_attention,
+    truncation,
+)
 
 if TYPE_CHECKING:
     from kernels.native.operations import NativeOperations
@@ -132,6 +142,12 @@ def _add_lora(native: NativeOperations, generator: torch.Generator) -> bool:
     return _is_close(y, expected)
 
 
+def _nucleus_floors(native: NativeOperations, generator: torch.Generator) -> bool:
+    probs = torch.randn(3, 300, generator=generator).softmax(dim=-1)
+    args = probs, torch.tensor([0.1, 0.9, 1.0])
+    return torch.equal(native.nucleus_floors(*args), truncation.nucleus_floors_reference(*args))
+
+
 _CASES: dict[str, Callable[[NativeOperations, torch.Generator], bool]] = {
     "relayout": _relayout,
     "dequantize_4bit": _dequantize_4bit,
@@ -145,4 +161,5 @@ _CASES: dict[str, Callable[[NativeOperations, torch.Generator], bool]] = {
     "write_kv_cache": _write_kv_cache,
     "paged_attention": _paged_attention,
     "add_lora": _add_lora,
+    "nucleus_floors": _nucleus_floors,
 }

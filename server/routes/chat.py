@@ -14,17 +14,18 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from server.answers import Usage, chat_logprobs
+from server.best_of import judge_of
 from server.errors import json_response
+from server.feedback import Exchange
 from server.generation import Piece, TokenInfo, run
-from server.limits import body_of
-from server.prompts import ChatJob, chat_job
+from server.prompts import ChatJob, chat_job, plain_messages
 from server.schemas import ChatCompletionRequest
-from server.state import Lease, ServerState, state_of
+from server.state import Lease, ServerState, awake_body_of, state_of
 from server.streaming import open_stream, until_gone
 from server.tools import ToolCallParser, parse_tool_calls
 
 router = APIRouter()
-Body = Annotated[ChatCompletionRequest, Depends(body_of(ChatCompletionRequest))]
+Body = Annotated[ChatCompletionRequest, Depends(awake_body_of(ChatCompletionRequest))]
 
 
 @router.post("/v1/chat/completions")
@@ -63,14 +64,17 @@ class _Choice:
     tokens: list[TokenInfo] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    reward: float | None = None
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
         self.tokens += piece.tokens
         self.finish_reason, self.stop_reason = piece.finish_reason, piece.stop_reason
 
-    def mean_logprob(self) -> float:
-        """How likely the model finds its answer, by which best_of chooses."""
+    def value(self) -> float:
+        """By which best_of chooses: the reward, or how likely the model finds its answer."""
+        if self.reward is not None:
+            return self.reward
         total = sum(token.logprobs.logprob for token in self.tokens)
         return total / max(len(self.tokens), 1)
 
@@ -86,15 +90,21 @@ async def _answer(
         job = chat.job
         choices = [_Choice() for _ in range(job.num_choices)]
         usage = Usage(num_prompt_tokens=len(job.prompts[0]))
-        async with aclosing(run(state.engine, state.tokenizer, job, state.metrics)) as pieces:
-            async for piece in pieces:
-                choices[piece.index].add(piece)
-                usage.add(piece, job.num_choices)
+        with judge_of(body, state) as judge:
+            async with aclosing(run(state.engine, state.tokenizer, job, state.metrics)) as pieces:
+                async for piece in pieces:
+                    choices[piece.index].add(piece)
+                    usage.add(piece, job.num_choices)
+            if judge is not None:
+                texts = [choice.text for choice in choices]
+                rewards = await judge.score_answers(body, texts)
+                for choice, reward in zip(choices, rewards, strict=True):
+                    choice.reward = reward
     finally:
         lease.release()
-    num_kept = body.n or 1
-    if num_kept < len(choices):
-        choices = sorted(choices, key=_Choice.mean_logprob, reverse=True)[:num_kept]
+    if judge is not None or len(choices) > (body.n or 1):
+        choices = sorted(choices, key=_Choice.value, reverse=True)[: body.n or 1]
+    _remember(body, state, lease, envelope["id"], [choice.text for choice in choices])
     return {
         **envelope,
         "object": "chat.completion",
@@ -116,12 +126,14 @@ def _message(
         if calls:
             message["tool_calls"] = [call.to_dict() for call in calls]
             finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
+    judged = {} if choice.reward is None else {"reward": choice.reward}
     return {
         "index": index,
         "message": message,
         "logprobs": chat_logprobs(choice.tokens, state.tokenizer) if body.logprobs else None,
         "finish_reason": finish_reason,
         "stop_reason": choice.stop_reason,
+        **judged,
     }
 
 
@@ -138,6 +150,7 @@ async def _events(
     shows_usage = bool(body.stream_options and body.stream_options.include_usage)
     parsers = [chat.plan.parser() for _ in range(job.num_choices)]
     has_begun = [False] * job.num_choices
+    texts = [""] * job.num_choices
 
     def chunk(choices: list[dict[str, Any]], total: dict[str, Any] | None = None) -> dict[str, Any]:
         base = {**envelope, "object": "chat.completion.chunk", "choices": choices}
@@ -147,6 +160,7 @@ async def _events(
         async with aclosing(run(state.engine, state.tokenizer, job, state.metrics)) as pieces:
             async for piece in pieces:
                 usage.add(piece, job.num_choices)
+                texts[piece.index] += piece.text
                 if not has_begun[piece.index]:
                     has_begun[piece.index] = True
                     first = {"role": "assistant", "content": ""}
@@ -157,6 +171,31 @@ async def _events(
             yield chunk([], usage.to_dict())
     finally:
         lease.release()
+        _remember(body, state, lease, envelope["id"], texts)  # a stopped answer, too
+
+
+def _remember(
+    body: ChatCompletionRequest,
+    state: ServerState,
+    lease: Lease,
+    request_id: str,
+    texts: list[str],
+) -> None:
+    """Hold the answers, as the model wrote them, in case somebody judges one."""
+    messages = plain_messages(body.messages)
+    if body.continue_final_message:
+        begun = messages.pop()["content"]
+        texts = [begun + text for text in texts]
+    prompt: dict[str, Any] = {"messages": messages}
+    if body.tools:
+        prompt["tools"] = [tool.model_dump(exclude_none=True) for tool in body.tools]
+    exchange = Exchange(
+        model=body.model,
+        generation=lease.ref.generation if lease.ref is not None else None,
+        prompt=prompt,
+        answers=tuple(texts),
+    )
+    state.feedback.remember(request_id, exchange)
 
 
 def _piece_choices(

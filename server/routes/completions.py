@@ -14,17 +14,17 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from server.answers import LegacyLogprobs, Usage
+from server.best_of import judge_of
 from server.errors import json_response
 from server.generation import Job, Piece, run
-from server.limits import body_of
 from server.prompts import completion_job
 from server.schemas import CompletionRequest
-from server.state import Lease, ServerState, state_of
+from server.state import Lease, ServerState, awake_body_of, state_of
 from server.streaming import open_stream, until_gone
 from server.text import Detokenizer
 
 router = APIRouter()
-Body = Annotated[CompletionRequest, Depends(body_of(CompletionRequest))]
+Body = Annotated[CompletionRequest, Depends(awake_body_of(CompletionRequest))]
 
 
 @router.post("/v1/completions")
@@ -69,9 +69,24 @@ class _Choice:
     stop_reason: str | int | None = None
     total_logprob: float = 0.0
     num_tokens: int = 0
+    reward: float | None = None
 
-    def mean_logprob(self) -> float:
+    def value(self) -> float:
+        """By which best_of chooses: the reward, or how likely the model finds its answer."""
+        if self.reward is not None:
+            return self.reward
         return self.total_logprob / max(self.num_tokens, 1)
+
+    def to_dict(self, index: int, *, has_logprobs: bool) -> dict[str, Any]:
+        judged = {} if self.reward is None else {"reward": self.reward}
+        return {
+            "index": index,
+            "text": self.text,
+            "logprobs": self.logprobs.to_dict() if has_logprobs else None,
+            "finish_reason": self.finish_reason,
+            "stop_reason": self.stop_reason,
+            **judged,
+        }
 
 
 class _Choices:
@@ -108,6 +123,13 @@ class _Choices:
             "stop_reason": piece.stop_reason,
         }
 
+    def prompt_text(self, prompt: int) -> str:
+        """A prompt as text, whether the answer echoes it or not."""
+        given = self.body.prompts()[prompt]
+        if isinstance(given, str):
+            return given
+        return self.state.tokenizer.decode(given, skip_special_tokens=True)
+
     def _add_prompt(self, logprobs: LegacyLogprobs, prompt: int, piece: Piece) -> None:
         if piece.prompt_logprobs is None:
             return
@@ -126,34 +148,35 @@ async def _answer(choices: _Choices, lease: Lease, envelope: dict[str, Any]) -> 
     job, body, state = choices.job, choices.body, choices.state
     found = [_Choice(prompt=index // job.num_choices) for index in range(job.num_sequences)]
     try:
-        async with aclosing(run(state.engine, state.tokenizer, job, state.metrics)) as pieces:
-            async for piece in pieces:
-                choice = found[piece.index]
-                choice.total_logprob += sum(token.logprobs.logprob for token in piece.tokens)
-                choice.num_tokens += len(piece.tokens)
-                new = choices.read(piece)
-                choice.text += new["text"]
-                choice.finish_reason, choice.stop_reason = new["finish_reason"], new["stop_reason"]
-                for name, values in (new["logprobs"] or {}).items():
-                    getattr(choice.logprobs, name).extend(values)
+        with judge_of(body, state) as judge:
+            async with aclosing(run(state.engine, state.tokenizer, job, state.metrics)) as pieces:
+                async for piece in pieces:
+                    choice = found[piece.index]
+                    choice.total_logprob += sum(token.logprobs.logprob for token in piece.tokens)
+                    choice.num_tokens += len(piece.tokens)
+                    new = choices.read(piece)
+                    choice.text += new["text"]
+                    choice.finish_reason = new["finish_reason"]
+                    choice.stop_reason = new["stop_reason"]
+                    for name, values in (new["logprobs"] or {}).items():
+                        getattr(choice.logprobs, name).extend(values)
+            if judge is not None:
+                texts = [(choices.prompt_text(choice.prompt), choice.text) for choice in found]
+                rewards = await judge.score_completions(texts)
+                for choice, reward in zip(found, rewards, strict=True):
+                    choice.reward = reward
     finally:
         lease.release()
     kept: list[_Choice] = []
     for prompt in range(len(job.prompts)):
         own = [choice for choice in found if choice.prompt == prompt]
-        if len(own) > (body.n or 1):
-            own.sort(key=_Choice.mean_logprob, reverse=True)
+        if judge is not None or len(own) > (body.n or 1):
+            own.sort(key=_Choice.value, reverse=True)
         kept += own[: body.n or 1]
     return {
         **envelope,
         "choices": [
-            {
-                "index": index,
-                "text": choice.text,
-                "logprobs": choice.logprobs.to_dict() if body.logprobs is not None else None,
-                "finish_reason": choice.finish_reason,
-                "stop_reason": choice.stop_reason,
-            }
+            choice.to_dict(index, has_logprobs=body.logprobs is not None)
             for index, choice in enumerate(kept)
         ],
         "usage": choices.usage.to_dict(),

@@ -10,10 +10,9 @@ from pydantic import Field, model_validator
 from starlette.responses import Response
 
 from server.errors import bad_request, json_response
-from server.limits import body_of
 from server.message_schemas import Body, Message, Text, TokenId, Tool, check_continuation
 from server.prompts import chat_tokens, template_for, template_messages
-from server.state import ServerState, state_of
+from server.state import ServerState, awake_body_of, state_of
 from server.tools import plan_tools
 
 router = APIRouter()
@@ -53,8 +52,8 @@ class DetokenizeRequest(Body):
     tokens: list[TokenId]
 
 
-TokenizeBody = Annotated[TokenizeRequest, Depends(body_of(TokenizeRequest))]
-DetokenizeBody = Annotated[DetokenizeRequest, Depends(body_of(DetokenizeRequest))]
+TokenizeBody = Annotated[TokenizeRequest, Depends(awake_body_of(TokenizeRequest))]
+DetokenizeBody = Annotated[DetokenizeRequest, Depends(awake_body_of(DetokenizeRequest))]
 
 
 @router.post("/tokenize")

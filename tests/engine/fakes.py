@@ -16,6 +16,7 @@ import torch
 
 from engine.api import AdapterRef, GenerateRequest, RequestDelta, SamplingParams
 from engine.config import CacheConfig, EngineConfig, LoraConfig, SchedulerConfig
+from engine.decode_graphs import DecodeGraphs, GraphBackend
 from engine.engine import Engine
 from engine.errors import AdapterError
 from engine.model_runner import ModelRunner
@@ -25,6 +26,19 @@ VOCAB_SIZE = 64
 EOS = 2
 MODULUS = 2**31 - 1
 UNWRITTEN = -1
+
+
+@dataclass(frozen=True)
+class FakeStaticLoraBatch:
+    """Looks its rows up when it is asked."""
+
+    pool: FakePool
+    lora_indices: torch.Tensor
+    lora_scales: torch.Tensor
+
+    @property
+    def salts(self) -> list[int]:
+        return self.pool.salts(self.lora_indices.tolist(), self.lora_scales.tolist())
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,8 @@ class HistoryModel:
         self.fail_on_token: int | None = None
         self.nan_on_token: int | None = None
         self.fatal = False
+        self.originality = 1.0
+        """Share of the tokens that depend on everything before; the others on the last one."""
 
     def __call__(self, batch, kv_caches, lora) -> torch.Tensor:
         self.num_tokens_run += len(batch.input_ids)
@@ -54,11 +70,16 @@ class HistoryModel:
         block_size = cache.shape[1]
         flat = cache.view(-1)
         salts = lora.salts if lora is not None else [0] * len(batch.input_ids)
-        flat[batch.slot_mapping] = batch.input_ids + VOCAB_SIZE * torch.tensor(salts)
+        is_stored = batch.slot_mapping >= 0
+        entries = batch.input_ids + VOCAB_SIZE * torch.tensor(salts)
+        flat[batch.slot_mapping[is_stored]] = entries[is_stored]
         hidden = []
         cu_seqlens = batch.cu_seqlens_q.tolist()
         for index, context_len in enumerate(batch.context_lens.tolist()):
             num_new = cu_seqlens[index + 1] - cu_seqlens[index]
+            if context_len == 0:  # a row that fills up a step
+                hidden.append([0, 0])
+                continue
             positions = torch.arange(context_len)
             blocks = batch.block_tables[index].long()[positions // block_size]
             assert (blocks >= 0).all()
@@ -70,7 +91,9 @@ class HistoryModel:
             for position, entry in enumerate(history):
                 value = (value * 1_000_003 + entry + 7) % MODULUS
                 if position >= context_len - num_new:
-                    hidden.append([value, entry % VOCAB_SIZE])
+                    is_original = value % 1009 < 1009 * self.originality
+                    said = value if is_original else 1_000_003 * (entry + 7) % MODULUS
+                    hidden.append([said, entry % VOCAB_SIZE])
         return torch.tensor(hidden, dtype=torch.float64)
 
     def logits(self, hidden: torch.Tensor, lora: object) -> torch.Tensor:
@@ -94,6 +117,8 @@ class FakePool:
         self.host: set[AdapterRef] = set()
         self.unloaded: list[AdapterRef] = []
         self.pinned: set[AdapterRef] = set()
+        self.not_low_rank: set[str] = set()
+        self.version = 0
         self.num_loads = self.num_evictions = 0
         self.load_s = 0.0
 
@@ -117,6 +142,7 @@ class FakePool:
         ]
         if idle:
             self.rows[idle[0]] = ref
+            self.version += 1
         return bool(idle)
 
     def _may_go(self, ref: AdapterRef) -> bool:
@@ -145,12 +171,26 @@ class FakePool:
         self.unloaded.append(ref)
 
     def batch(self, rows: list[int], scales: list[float]) -> FakeLoraBatch | None:
+        salts = self.salts(rows, scales)
+        return FakeLoraBatch(salts) if any(salts) else None
+
+    def salts(self, rows: list[int], scales: list[float]) -> list[int]:
         refs = [self.rows[row] if row >= 0 else None for row in rows]
-        salts = [
-            0 if ref is None else 1 + 100 * ref.uid + 10 * ref.generation + round(1e6 * scale)
+        return [
+            0
+            if ref is None or scale == 0.0
+            else 1 + 100 * ref.uid + 10 * ref.generation + round(1e6 * scale)
             for ref, scale in zip(refs, scales, strict=True)
         ]
-        return FakeLoraBatch(salts) if any(salts) else None
+
+    def may_be_recorded(self, rows: list[int]) -> bool:
+        refs = [self.rows[row] for row in rows if row >= 0]
+        return not any(ref is not None and ref.name in self.not_low_rank for ref in refs)
+
+    def static_batch(self, lora_indices, lora_scales) -> FakeStaticLoraBatch | None:
+        if not any(self.rows):
+            return None
+        return FakeStaticLoraBatch(self, lora_indices, lora_scales)
 
     def score(self, row: int, hidden: torch.Tensor) -> float:
         assert self.rows[row] is not None
@@ -203,11 +243,16 @@ class FakeEngine:
         num_rows: int = 2,
         load_steps: int = 0,
         broken: tuple[str, ...] = (),
+        speculative_config: str | None = None,
+        graph_backend: GraphBackend | None = None,
+        graph_sizes: tuple[int, ...] = (1, 2, 4, 8),
     ) -> None:
         config = EngineConfig(
             cache=CacheConfig(block_size=block_size, enable_prefix_caching=enable_prefix_caching),
             scheduler=SchedulerConfig(
-                max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                speculative_config=speculative_config,
             ),
             lora=LoraConfig(max_loras=num_rows),
         )
@@ -216,12 +261,25 @@ class FakeEngine:
         self.compiler = ManualCompiler()
         shape = (num_blocks, block_size, 1, 1)
         cache = torch.full(shape, UNWRITTEN, dtype=torch.int64)
+        self.graphs = None
+        if graph_backend is not None:
+            self.graphs = DecodeGraphs(
+                self.model,
+                [(cache, cache)],
+                self.pool,
+                graph_backend,
+                sizes=graph_sizes,
+                block_size=block_size,
+                max_num_blocks=-(-max_model_len // block_size),
+                device=torch.device("cpu"),
+            )
         runner = ModelRunner(
             self.model,
             [(cache, cache)],
             self.pool,
             block_size=block_size,
             device=torch.device("cpu"),
+            graphs=self.graphs,
         )
         self.engine = Engine(
             config,

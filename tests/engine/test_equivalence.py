@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from engine.api import (
     SamplingParams,
 )
 from engine.config import CacheConfig, EngineConfig, LoraConfig, ModelConfig, SchedulerConfig
+from engine.decode_graphs import DecodeGraphs
 from engine.engine import Engine
 from engine.lora import LoraModule, LoraWeights
 from engine.startup import create_engine
+from tests.engine.test_decode_graphs import Recorder
 from tests.engine.tiny_models import save_model
 
 ARCHITECTURES = ("llama", "llama3_tied", "mistral_window", "qwen2", "qwen3")
@@ -42,7 +45,7 @@ def models(tmp_path_factory):
 
 def make_engine(folder: Path, **flags) -> Engine:
     """An engine on the CPU; flags of the scheduler and the cache by name."""
-    scheduler = {"max_num_seqs": 20, "max_num_batched_tokens": 256}
+    scheduler = {"max_num_seqs": 20, "max_num_batched_tokens": 256, "speculative_config": None}
     cache: dict[str, object] = {"block_size": 4}
     max_loras = flags.pop("max_loras", 2)
     model = {"quantization": "none", **flags.pop("model", {})}
@@ -255,22 +258,8 @@ def test_a_pinned_adapter_stays_while_others_come_and_go(models):
 
 
 def test_a_regular_expression_is_followed_token_by_token(models):
-    """The tokenizer: one character per token, made here."""
-    from tokenizers import Tokenizer
-    from tokenizers.decoders import ByteLevel
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Split
-    from transformers import PreTrainedTokenizerFast
-
     folder, _ = models["llama"]
-    letters = ["<unk>", "<s>", "</s>", *(chr(33 + i) for i in range(94))]
-    vocab = {letter: index for index, letter in enumerate(letters)}
-    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Split("", "isolated")
-    tokenizer.decoder = ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder)
+    letters = save_letters(folder)
     engine = make_engine(folder)
     grammar = GrammarSpec(kind="regex", source="[ab]{3}c[0-9]{2,4}")
     asked = [
@@ -286,6 +275,25 @@ def test_a_regular_expression_is_followed_token_by_token(models):
     assert texts(found)["r9"] == texts(run(engine, [request(9)]))["r9"]
 
 
+def save_letters(folder: Path) -> list[str]:
+    """A tokenizer of one character per token; returns its vocabulary."""
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import ByteLevel
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<unk>", "<s>", "</s>", *(chr(33 + i) for i in range(94))]
+    vocab = {letter: index for index, letter in enumerate(letters)}
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    tokenizer.decoder = ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    return letters
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_says_what_the_cpu_says(models):
@@ -295,3 +303,78 @@ def test_a_gpu_says_what_the_cpu_says(models):
     engine = make_engine(folder, model={"device": "cuda"})
     assert engine._runner.kv_caches[0][0].is_cuda
     assert texts(run(engine, asked)) == texts(run(make_engine(folder), asked))
+
+
+@pytest.mark.parametrize("model", [{}, AS_SERVED], ids=["float32", "nf4-bfloat16"])
+def test_guessed_tokens_change_nothing_to_the_bit(models, model):
+    """Greedy and drawn, with adapters, log-probabilities, penalties and too few blocks."""
+    folder, _ = models["llama"]
+    refs = [AdapterRef(uid=uid, generation=1, name=f"a{uid}", path="") for uid in (1, 2)]
+    asked = [
+        *(request(number, 40) for number in range(4)),
+        *(request(number, 30, adapter=refs[number % 2], logprobs=2) for number in range(4, 8)),
+        *(dataclasses.replace(seeded(number), adapter=refs[number % 2]) for number in range(8, 12)),
+        *(request(number, 30, temperature=0.4, seed=1, logprobs=0) for number in range(12, 15)),
+        request(15, 30, repetition_penalty=1.1, presence_penalty=0.2),
+    ]
+    config = '{"num_speculative_tokens": 5, "prompt_lookup_max": 2, "prompt_lookup_min": 1}'
+    bytes_per_token = 2 * 2 * 2 * 16 * (2 if model else 4)  # k and v, layers, heads, head_dim
+    answers = []
+    for flags in ({}, {"speculative_config": config}):
+        engine = make_engine(
+            folder, model=model, kv_cache_memory_bytes=300 * bytes_per_token, **flags
+        )
+        found = run(engine, asked)
+        logprobs = {
+            name: [entry for delta in deltas for entry in delta.logprobs or ()]
+            for name, deltas in found.items()
+        }
+        answers.append((texts(found), logprobs))
+    assert answers[0] == answers[1]
+    assert engine.scheduler.num_preemptions > 0
+    assert engine.scheduler.speculation.num_accepted_tokens > 20
+
+
+def test_guessed_tokens_follow_a_real_grammar(models):
+    folder, _ = models["llama"]
+    save_letters(folder)
+    grammar = GrammarSpec(kind="regex", source="(ab)+c(de){3,9}f")
+    asked = [
+        request(number, 40, grammar=grammar, ignore_eos=False, temperature=1.0, seed=number)
+        for number in range(6)
+    ]
+    config = '{"num_speculative_tokens": 5, "prompt_lookup_max": 2, "prompt_lookup_min": 1}'
+    plain = run(make_engine(folder), asked)
+    engine = make_engine(folder, speculative_config=config)
+    guessed = run(engine, asked)
+    assert texts(guessed) == texts(plain)
+    assert [d[-1].finish_reason for d in guessed.values()] == [
+        d[-1].finish_reason for d in plain.values()
+    ]
+    assert engine.scheduler.speculation.num_accepted_tokens > 10
+
+
+def test_recorded_decode_steps_say_what_others_say(models):
+    """The real model, pool and attention; a backend that records on the CPU."""
+    folder, _ = models["llama"]
+    refs = [AdapterRef(uid=uid, generation=1, name=f"a{uid}", path="") for uid in (1, 2)]
+    choices = [(None, 1.0), (refs[0], 1.0), (refs[1], 0.5), (refs[1], 0.0)]
+    asked = [request(n, 20 + n, *choices[n % 4], logprobs=1) for n in range(7)]
+    plain = run(make_engine(folder), asked)
+    engine = make_engine(folder)
+    runner, backend = engine._runner, Recorder()
+    runner._graphs = DecodeGraphs(
+        runner.model,
+        runner.kv_caches,
+        runner.lora_pool,
+        backend,
+        sizes=(1, 2, 4, 8),
+        block_size=4,
+        max_num_blocks=64,
+        device=torch.device("cpu"),
+    )
+    found = run(engine, asked)
+    assert texts(found) == texts(plain)
+    for name, deltas in plain.items():
+        assert [d.logprobs for d in deltas] == [d.logprobs for d in found[name]]
+    assert backend.num_replayed > 10

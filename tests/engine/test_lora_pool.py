@@ -35,6 +35,7 @@ class Disk:
         self.loads: list[str] = []
         self.errors: dict[str, Exception] = {}
         self.fingerprints: dict[str, str] = {}
+        self.magnitude: torch.Tensor | None = None
         self.gate = threading.Event()
         self.gate.set()
 
@@ -46,7 +47,9 @@ class Disk:
         generator = torch.Generator().manual_seed(ref.uid)
         rank = ref.uid
         module = LoraModule(
-            a=torch.randn(rank, 8, generator=generator), b=torch.randn(4, rank, generator=generator)
+            a=torch.randn(rank, 8, generator=generator),
+            b=torch.randn(4, rank, generator=generator),
+            magnitude=self.magnitude,
         )
         return LoraWeights(modules={Q: module}, base_fingerprint=self.fingerprints.get(ref.name))
 
@@ -400,6 +403,28 @@ def test_a_batch_of_base_tokens_is_none(make_pool):
     acquired(pool, ref(1))
     assert pool.batch([-1, -1], [1.0, 2.0]) is None
     assert pool.batch([0, -1], [0.0, 1.0]) is None  # scale 0 is the base
+
+
+def test_a_recorded_step_finds_its_rows_in_static_tensors(make_pool, disk):
+    pool = make_pool(max_loras=3)
+    lora_indices = torch.tensor([0, -1], dtype=torch.int32)
+    lora_scales = torch.tensor([1.0, 1.0])
+    assert pool.static_batch(lora_indices, lora_scales) is None
+    version = pool.version
+    acquired(pool, ref(1))
+    assert pool.version > version
+    batch = pool.static_batch(lora_indices, lora_scales)
+    x = torch.ones(2, 8)
+    for row in (0, 1):  # which token has the adapter is only known when the step runs
+        lora_indices.copy_(torch.where(torch.arange(2) == row, 0, -1))
+        changed = batch.linear((Q,), x, torch.zeros(2, 4)).any(dim=1)
+        assert changed.tolist() == [row == 0, row == 1]
+    assert pool.may_be_recorded([-1, 0, 0]) and not pool.may_be_recorded([0, 1])
+    disk.magnitude = torch.ones(4)
+    acquired(pool, ref(2))
+    assert pool.may_be_recorded([0]) and not pool.may_be_recorded([1]), "DoRA looks at its rows"
+    for one in (ref(1), ref(2)):
+        pool.release(one)
 
 
 def test_releasing_more_often_than_acquiring_is_a_bug_that_shows(make_pool):

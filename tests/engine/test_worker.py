@@ -29,6 +29,7 @@ from engine.startup import create_engine
 from engine.worker import run_worker, serve
 from tests.engine.fakes import FakeEngine, adapter, expected_text
 from tests.engine.tiny_models import save_model
+from tests.engine.train.fake_trainers import Runner
 
 WAIT_S = 60.0
 
@@ -48,7 +49,7 @@ def served():
 
     def run() -> None:
         try:
-            serve(child, fake.engine)
+            serve(child, fake.engine, Runner(fake).runner)
         except EOFError:
             pass
         finally:
@@ -150,8 +151,8 @@ def config(folder, **model) -> EngineConfig:
     )
 
 
-def no_adapters(ref):
-    raise AssertionError(ref)
+def no_adapters(*args):
+    raise AssertionError(args)
 
 
 def test_start_up_reports_what_was_found(folder):
@@ -184,7 +185,7 @@ def test_a_worker_that_cannot_start_says_so_and_ends(tmp_path):
     context = multiprocessing.get_context("spawn")
     missing = tmp_path / "missing"
     process = context.Process(
-        target=run_worker, args=(child, config(missing), missing, no_adapters)
+        target=run_worker, args=(child, config(missing), missing, no_adapters, no_adapters)
     )
     process.start()
     child.close()
@@ -204,7 +205,8 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     parent, child = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(
-        target=run_worker, args=(child, config(folder), folder, no_adapters), daemon=True)
+        target=run_worker, daemon=True,
+        args=(child, config(folder), folder, no_adapters, no_adapters))
     process.start()
     child.close()
     while type(parent.recv()).__name__ != "EngineInfo":

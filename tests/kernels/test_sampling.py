@@ -23,6 +23,7 @@ from kernels.sampling import (
 from kernels.truncation import (
     _kth_largest,
     _nucleus_floors,
+    _nucleus_floors_by_row,
     kth_largest_reference,
     nucleus_floors_reference,
     truncate,
@@ -192,7 +193,9 @@ def test_floors_on_the_cpu_are_those_of_the_reference(vocab_size, scale):
     probs[::3] *= probs[::3] > probs[::3].mean(dim=-1, keepdim=True) * 0.5  # as after min_p
     top_p = torch.linspace(1e-6, 1.0, num_rows)
     top_p[-2] = 1.0 - 2.0**-24
-    assert torch.equal(_nucleus_floors(probs, top_p), nucleus_floors_reference(probs, top_p))
+    expected = nucleus_floors_reference(probs, top_p)
+    assert torch.equal(_nucleus_floors(probs, top_p), expected)
+    assert torch.equal(_nucleus_floors_by_row(probs, top_p), expected)
     k = torch.arange(num_rows) * vocab_size // num_rows + 1
     assert torch.equal(_kth_largest(probs, k), kth_largest_reference(probs, k))
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 from adapters.format import AdapterInfo
 from adapters.registry import Generation
@@ -21,10 +25,19 @@ from engine.api import (
     LoadProgress,
     RequestDelta,
     TokenLogprobs,
+    TrainingEvent,
+    TrainingJob,
 )
 from engine.errors import AdapterError
 from server.adapters import Adapters
 from server.config import ServerConfig
+from server.data_folder import DataFolder
+from server.database import Database
+from server.datasets.prepare import Prepared, prepare
+from server.feedback import Feedback
+from server.files import Files
+from server.job_data import Workshop
+from server.jobs import Jobs
 from server.metrics import Metrics
 from server.state import ServerState
 from server.tokenizer import Tokenizer
@@ -64,6 +77,7 @@ class FakeEngine:
     progress: LoadProgress | None = None
     num_restarts: int = 0
     max_model_len: int = 512
+    base_fingerprint: str = "0123456789abcdef"
     gate: asyncio.Event | None = None
     """Where set, requests wait for it after `tokens_before_gate` tokens."""
     tokens_before_gate: int = 0
@@ -76,6 +90,12 @@ class FakeEngine:
     finished: list[str] = field(default_factory=list)
     loaded: list[tuple[AdapterRef, bool]] = field(default_factory=list)
     unloaded: list[AdapterRef] = field(default_factory=list)
+    from_training: list[str | None] = field(default_factory=list)
+    train: Callable[[TrainingJob], Sequence[TrainingEvent]] = lambda job: ()  # noqa: ARG005
+    """What a started job says at once."""
+    training: list[TrainingJob] = field(default_factory=list)
+    stopped_training: list[tuple[str, str]] = field(default_factory=list)
+    on_training_event: Callable[[TrainingEvent], None] | None = None
 
     @property
     def info(self) -> EngineInfo | None:
@@ -85,7 +105,7 @@ class FakeEngine:
             architecture="LlamaForCausalLM", vocab_size=258, max_model_len=self.max_model_len,
             eos_token_ids=(EOS,), num_kv_blocks=64, block_size=16, dtype="float32",
             kv_cache_dtype="float32", device="cpu", weights_bytes=1, kv_cache_bytes=1,
-            base_fingerprint="0123456789abcdef",
+            base_fingerprint=self.base_fingerprint,
         )  # fmt: skip
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[RequestDelta]:
@@ -151,7 +171,10 @@ class FakeEngine:
         if self.gate is not None:
             self.gate.set()
 
-    async def load_adapter(self, ref: AdapterRef, pinned: bool = False) -> AdapterReply:
+    async def load_adapter(
+        self, ref: AdapterRef, pinned: bool = False, from_training: str | None = None
+    ) -> AdapterReply:
+        self.from_training.append(from_training)
         if self.adapter_error is not None:
             raise AdapterError(self.adapter_error)
         self.loaded.append((ref, pinned))
@@ -159,6 +182,19 @@ class FakeEngine:
 
     async def unload_adapter(self, ref: AdapterRef) -> None:
         self.unloaded.append(ref)
+
+    def start_training(self, job: TrainingJob) -> None:
+        self.training.append(job)
+        for event in self.train(job):
+            self.say(event)
+
+    def stop_training(self, job_id: str, status: str) -> None:
+        self.stopped_training.append((job_id, status))
+
+    def say(self, event: TrainingEvent) -> None:
+        """Something that the trainer tells the jobs' owner."""
+        assert self.on_training_event is not None
+        self.on_training_event(event)
 
 
 def adapter_info(**changes: object) -> AdapterInfo:
@@ -170,22 +206,59 @@ def adapter_info(**changes: object) -> AdapterInfo:
     return AdapterInfo(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-def build_state(engine: FakeEngine | None = None, **config: object) -> ServerState:
+def build_state(
+    engine: FakeEngine | None = None,
+    *,
+    data_dir: Path | None = None,
+    database_url: str | None = None,
+    prepare: Callable[..., Prepared] = prepare,
+    **config: object,
+) -> ServerState:
     engine = engine or FakeEngine()
     metrics = Metrics("base")
-    spec: Any = SimpleNamespace()
+    spec: Any = SimpleNamespace(
+        tensor_shapes=dict, dtype=torch.float32, hidden_size=8, intermediate_size=8, num_layers=1
+    )
     adapters = Adapters(spec, engine, metrics, reserved_names=("base",))
+    server_config = ServerConfig(**config)  # type: ignore[arg-type]
+    if data_dir is None:
+        temporary = tempfile.TemporaryDirectory(prefix="herd-test-")
+        _folders.append(temporary)
+        data_dir = Path(temporary.name)
+    data = DataFolder(data_dir)
+    database = Database(database_url or data.database_url(), lock_timeout_s=0.2)
+    files = Files(database, data)
+    tokenizer = byte_tokenizer()
+    shop = Workshop(
+        database=database,
+        folder=data,
+        files=files,
+        engine=engine,
+        adapters=adapters,
+        tokenizer=tokenizer,
+        spec=spec,
+        prepare=prepare,
+        model_names=("base",),
+        tensorboard_dir=server_config.tensorboard_dir,
+    )
     return ServerState(
-        config=ServerConfig(**config),  # type: ignore[arg-type]
+        config=server_config,
         engine=engine,
         registry=adapters.registry,
         adapters=adapters,
-        tokenizer=byte_tokenizer(),
+        tokenizer=tokenizer,
         model_names=("base",),
         base_path="/models/base",
         max_num_seqs=4,
         metrics=metrics,
+        files=files,
+        feedback=Feedback(database, files, is_on=server_config.feedback),
+        jobs=Jobs(shop),
     )
+
+
+_folders: list[tempfile.TemporaryDirectory] = []
+"""Gone when the tests end."""
 
 
 def add_adapter(state: ServerState, name: str, **info: object) -> AdapterRef:

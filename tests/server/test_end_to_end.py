@@ -17,11 +17,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from adapters.format import read_ref
+from adapters.writer import write_trained
 from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from engine.model_config import ModelSpec
 from server.adapters import Adapters
 from server.config import ServerConfig
+from server.data_folder import DataFolder
+from server.database import Database
+from server.datasets.prepare import prepare
 from server.engine_client import EngineClient
+from server.feedback import Feedback
+from server.files import Files
+from server.job_data import Workshop
+from server.jobs import Jobs
 from server.metrics import Metrics
 from server.state import ServerState
 from server.tokenizer import load_tokenizer
@@ -91,26 +99,46 @@ def herd(tmp_path_factory):
         cache=CacheConfig(kv_cache_memory_bytes=2**24),
         scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=256),
     )
-    engine = EngineClient(config, folder, functools.partial(read_ref, spec=spec))
+    write = functools.partial(write_trained, base_model="tiny")
+    engine = EngineClient(config, folder, functools.partial(read_ref, spec=spec), write)
     metrics = Metrics("tiny")
     adapters = Adapters(spec, engine, metrics, roots=[shelf], reserved_names=["tiny"])
     engine.on_restart = adapters.reload_all
+    tokenizer = load_tokenizer(folder)
+    data = DataFolder(tmp_path_factory.mktemp("data"))
+    database = Database(data.database_url())
+    files = Files(database, data)
+    shop = Workshop(
+        database=database,
+        folder=data,
+        files=files,
+        engine=engine,
+        adapters=adapters,
+        tokenizer=tokenizer,
+        spec=spec,
+        prepare=prepare,
+        model_names=("tiny",),
+    )
     state = ServerState(
         config=ServerConfig(),
         engine=engine,
         registry=adapters.registry,
         adapters=adapters,
-        tokenizer=load_tokenizer(folder),
+        tokenizer=tokenizer,
         model_names=("tiny",),
         base_path=str(folder),
         max_num_seqs=16,
         metrics=metrics,
+        files=files,
+        feedback=Feedback(database, files, is_on=True),
+        jobs=Jobs(shop),
     )
 
     @contextlib.asynccontextmanager
     async def lifespan(_app):
-        await engine.start()
+        await state.jobs.start(await engine.start())
         yield
+        await state.jobs.stop()
         await engine.stop(0.0)
 
     with serving(state, lifespan) as port:

@@ -50,6 +50,11 @@ def load_adapter(ref: AdapterRef) -> LoraWeights:
     return LoraWeights(modules={"model.layers.0.self_attn.q_proj": LoraModule(a=a, b=b)})
 
 
+def write_adapter(*args) -> None:
+    """Injected likewise; no test here trains."""
+    raise AssertionError(args)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny")
@@ -62,7 +67,7 @@ def make_client(folder, **cache) -> EngineClient:
         model=ModelConfig(base=str(folder), quantization="none", device="cpu"),
         cache=CacheConfig(**{"kv_cache_memory_bytes": 2**24, **cache}),
     )
-    return EngineClient(config, folder, load_adapter)
+    return EngineClient(config, folder, load_adapter, write_adapter)
 
 
 @contextlib.asynccontextmanager

@@ -330,7 +330,10 @@ async def metrics(client) -> dict:
 
 async def test_metrics_are_counted_per_adapter(client, engine, state):
     add_adapter(state, "ada")
-    engine.stats = EngineStats(num_running=3, kv_cache_usage=0.25, num_preemptions=2)
+    engine.stats = EngineStats(
+        num_running=3, kv_cache_usage=0.25, num_preemptions=2,
+        num_drafts=5, num_draft_tokens=20, num_accepted_tokens=9,
+    )  # fmt: skip
     body = {"messages": USER, "max_tokens": 4}
     await client.post("/v1/chat/completions", json={"model": "ada", **body})
     await client.post("/v1/chat/completions", json={"model": "base", **body, "n": 2})
@@ -344,6 +347,9 @@ async def test_metrics_are_counted_per_adapter(client, engine, state):
     assert found["herd_num_requests_running", None, None] == 3
     assert found["herd_kv_cache_usage_perc", None, None] == 0.25
     assert found["herd_num_preemptions_total", None, None] == 2
+    assert found["herd_spec_decode_num_drafts_total", None, None] == 5
+    assert found["herd_spec_decode_num_draft_tokens_total", None, None] == 20
+    assert found["herd_spec_decode_num_accepted_tokens_total", None, None] == 9
     assert all(math.isfinite(value) for value in found.values())
 
 

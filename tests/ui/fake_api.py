@@ -11,7 +11,8 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-ADAPTERS = ("guanaco", "pirate")
+from tests.ui.fake_training import FakeTraining
+
 LONG_ANSWER = [f"word{i} " for i in range(4000)]
 
 
@@ -20,6 +21,10 @@ class FakeApi:
     """The last message decides what happens: "slow", "fail", "break", "long", or a plain echo."""
 
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    response_ids: list[str] = field(default_factory=list)
+    """Of chats; "<model>-<number>"."""
+    judgements: list[dict[str, Any]] = field(default_factory=list)
+    training: FakeTraining = field(default_factory=FakeTraining)
     num_disconnects: int = 0
     num_running: int = 0
     max_running: int = 0
@@ -28,7 +33,9 @@ class FakeApi:
 
     def reset(self) -> None:
         """Forget what was asked, and be an open, ready server again."""
-        vars(self).update(vars(FakeApi()))
+        training = self.training  # whose routes are served
+        vars(training).update(vars(FakeTraining()))
+        vars(self).update(vars(FakeApi(training=training)))
 
     def build(self) -> FastAPI:
         """The API's app, ready for the page to be mounted."""
@@ -37,6 +44,8 @@ class FakeApi:
         app.add_api_route("/v1/models", self.models)
         app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
         app.add_api_route("/v1/completions", self.complete, methods=["POST"])
+        app.add_api_route("/v1/feedback", self.judge, methods=["POST"])
+        self.training.add_routes(app)
         return app
 
     async def health(self) -> Response:
@@ -48,8 +57,17 @@ class FakeApi:
         if refusal := self._refusal(request):
             return refusal
         base = {"id": "herd-demo", "object": "model", "parent": None, "max_model_len": 512}
-        names = ADAPTERS if self.is_ready else ()
-        cards = [base | {"id": name, "parent": "herd-demo", "generation": 3} for name in names]
+        names = self.training.generations if self.is_ready else ()
+        cards = [
+            base
+            | {
+                "id": name,
+                "parent": "herd-demo",
+                "generation": self.training.current[name],
+                "has_score_head": name in self.training.judges,
+            }
+            for name in names
+        ]
         return JSONResponse({"object": "list", "data": [base, *cards]})
 
     async def chat(self, request: Request) -> Response:
@@ -71,7 +89,15 @@ class FakeApi:
         words = (
             LONG_ANSWER if text in ("slow", "burst") else f"{body['model']} says: {text}".split(" ")
         )
-        return self._stream(body["model"], words, text, lambda word: {"delta": {"content": word}})
+        response_id = f"{body['model']}-{len(self.response_ids)}"
+        self.response_ids.append(response_id)
+        return self._stream(
+            body["model"],
+            words,
+            text,
+            lambda word: {"delta": {"content": word}},
+            id=response_id,
+        )
 
     async def complete(self, request: Request) -> Response:
         if refusal := self._refusal(request):
@@ -81,13 +107,22 @@ class FakeApi:
         words = ["and", "so", "on"]
         return self._stream(body["model"], words, body["prompt"], lambda word: {"text": word})
 
+    async def judge(self, request: Request) -> Response:
+        if refusal := self._refusal(request):
+            return refusal
+        body = await request.json()
+        if body["response_id"] not in self.response_ids:
+            return error(404, "No such response is remembered.", "response_not_found")
+        self.judgements.append(body)
+        return JSONResponse({"object": "feedback", **body})
+
     def _refusal(self, request: Request) -> JSONResponse | None:
         wanted = f"Bearer {self.required_key}"
         if self.required_key and request.headers.get("authorization") != wanted:
             return error(401, "The API key is not valid here.", "invalid_api_key")
         return None
 
-    def _stream(self, model, words, text, choice) -> StreamingResponse:
+    def _stream(self, model, words, text, choice, **envelope) -> StreamingResponse:
         async def events() -> AsyncIterator[str]:
             self.num_running += 1
             self.max_running = max(self.max_running, self.num_running)
@@ -106,7 +141,12 @@ class FakeApi:
                         is_finished = True
                         return
                     spaced = word if text == "slow" or i == 0 else " " + word
-                    yield sse({"choices": [{"index": 0, **choice(spaced), "finish_reason": None}]})
+                    yield sse(
+                        {
+                            **envelope,
+                            "choices": [{"index": 0, **choice(spaced), "finish_reason": None}],
+                        }
+                    )
                     if text == "cut":
                         return
                     if text == "garbage":
@@ -124,7 +164,7 @@ class FakeApi:
                 self.num_running -= 1
                 self.num_disconnects += not is_finished
 
-        headers = {"X-Herd-Adapter-Generation": "4"} if model in ADAPTERS else {}
+        headers = {"X-Herd-Adapter-Generation": "4"} if model != "herd-demo" else {}
         return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
 
 

@@ -3,7 +3,8 @@ import asyncio
 import pytest
 
 from ui.answer import Answer, Question, answer_together
-from ui.client import ApiError, Client, ModelCard, Piece, Sampling
+from ui.api_types import ApiError, ModelCard, Piece, Sampling
+from ui.client import Client
 
 
 def question(text, model="guanaco"):

@@ -2,7 +2,7 @@ import json
 
 from ui import conversation as talk
 from ui.answer import Answer
-from ui.client import ApiError, Piece
+from ui.api_types import ApiError, Piece
 
 
 def answered(text="Hi.", **fields):

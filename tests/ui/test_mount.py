@@ -19,12 +19,8 @@ def test_unknown_paths_stay_the_apis(http):
         assert (reply.status_code, reply.json()) == (404, {"detail": "Not Found"})
     assert http.get("/v1/chat/completions").status_code == 405
     assert http.get("/v1/models").json()["object"] == "list"
-    assert http.get("/openapi.json").json()["paths"].keys() == {
-        "/health",
-        "/v1/models",
-        "/v1/chat/completions",
-        "/v1/completions",
-    }
+    described = http.get("/openapi.json").json()["paths"]
+    assert all(path == "/health" or path.startswith("/v1/") for path in described)
 
 
 @pytest.mark.parametrize(

@@ -1,108 +1,30 @@
 """The page in a real headless Chromium, against a stand-in for the API."""
 
 import re
-import shutil
-import time
 from urllib.parse import urlsplit
 
 import pytest
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-expect = sync_api.expect
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-ARGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+from tests.ui.browsing import (  # noqa: E402
+    CHROMIUM,
+    ask,
+    box,
+    button,
+    bylines,
+    pick,
+    picker,
+    wait_for_answer,
+    wait_until,
+)
+
+expect = sync_api.expect
 
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH"),
 ]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    # Not for the session: while Playwright runs, no asyncio test can.
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def context(browser):
-    # One for all tests, so that the page's files come from its cache; the page keeps no cookies.
-    context = browser.new_context(viewport={"width": 1200, "height": 900})
-    context.set_default_timeout(10_000)
-    yield context
-    context.close()
-
-
-@pytest.fixture
-def page(context, served_api):
-    """The loaded page; afterwards: it called no other host and logged no error."""
-    url = served_api.url
-    served_api.api.reset()
-    page = context.new_page()
-    hosts, errors = set(), []
-    page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda log: errors.append(log.text) if log.type == "error" else None)
-    page.goto(url)
-    expect(picker(page, "Who answers")).to_have_value(re.compile("guanaco"))
-    yield page
-    page.close()
-    assert hosts - {""} == {urlsplit(url).netloc}  # "" is the host of data: addresses
-    assert errors == []
-
-
-def picker(page, title):
-    return page.get_by_label(title, exact=True)
-
-
-def pick(page, title, model):
-    picker(page, title).click()
-    page.get_by_role("option", name=re.compile(f"^{model}")).click()
-
-
-def box(page):
-    return page.locator(".herd-box textarea:visible")
-
-
-def ask(page, text):
-    box(page).fill(text)
-    box(page).press("Enter")
-
-
-def bylines(page):
-    return page.locator(".herd-by:visible")
-
-
-def wait_for_answer(page, number=1):
-    """Until that many answers are complete, and the page takes the next message."""
-    expect(bylines(page)).to_have_count(number)
-    expect(page.get_by_role("button", name="Send").locator("visible=true")).to_be_visible()
-    return bylines(page).nth(number - 1).inner_text()
-
-
-def button(page, name):
-    return page.locator(".herd-buttons:visible").get_by_role("button", name=name)
-
-
-def wait_until(condition, what):
-    """For what the stand-in sees: it runs in another thread."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def test_the_page_introduces_itself(page):
@@ -117,6 +39,19 @@ def test_the_page_introduces_itself(page):
         "guanaco · gen 3",
         "pirate · gen 3",
     ]
+
+
+def test_who_scores_answers_is_not_asked_for_any(page, api):
+    api.training.judges.append("pirate")
+    page.get_by_role("button", name="↻ Adapters").click()
+    wait_until(lambda: picker_options(page) == ["guanaco · gen 3", "herd-demo (base)"], "offered")
+
+
+def picker_options(page):
+    picker(page, "Who answers").click()
+    names = page.get_by_role("option").all_inner_texts()
+    page.keyboard.press("Escape")
+    return sorted(re.sub(r"^\W+", "", name) for name in names)
 
 
 def test_an_answer_streams_and_is_labelled(page):
@@ -380,3 +315,74 @@ def test_the_page_fits_a_phone(page):
     wait_for_answer(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     expect(box(page)).to_be_visible()
+
+
+def thumb(page, name):
+    return page.get_by_role("button", name=name, exact=True).locator("visible=true").last
+
+
+def test_thumbs_are_kept_and_a_second_click_takes_them_back(page, api):
+    ask(page, "hello")
+    wait_for_answer(page)
+    thumb(page, "Like").click()
+    expect(bylines(page)).to_have_text(re.compile("· noted: good$"))
+    thumb(page, "Like").click()
+    expect(bylines(page)).to_have_text(re.compile("tokens/s$"))
+    assert api.judgements == [
+        {"response_id": "guanaco-0", "rating": "up"},
+        {"response_id": "guanaco-0", "rating": "none"},
+    ]
+    ask(page, "and now?")  # the verdict is no part of the conversation
+    wait_for_answer(page, 2)
+    assert [m["content"] for m in api.bodies[-1]["messages"]] == [
+        "hello",
+        "guanaco says: hello",
+        "and now?",
+    ]
+
+
+def test_after_thumbs_down_a_better_answer_can_be_given(page, api):
+    ask(page, "hello")
+    wait_for_answer(page)
+    better = page.get_by_label("What would have been a better answer?")
+    expect(better).to_be_hidden()
+    thumb(page, "Dislike").click()
+    better.fill("good day")
+    page.get_by_role("button", name="Keep").click()
+    expect(bylines(page)).to_have_text(re.compile("· noted: bad, with your better answer$"))
+    expect(better).to_be_hidden()
+    assert api.judgements == [
+        {"response_id": "guanaco-0", "rating": "down"},
+        {"response_id": "guanaco-0", "preferred": "good day"},
+    ]
+
+
+def test_the_better_of_two_answers_is_kept(page, api):
+    page.get_by_role("tab", name="Side by side").click()
+    ask(page, "hello")
+    wait_for_answer(page, 2)
+    button(page, "Right is better").click()
+    expect(bylines(page).first).to_have_text(re.compile("· noted: the worse one$"))
+    expect(bylines(page).last).to_have_text(re.compile("· noted: the better one$"))
+    loser = next(i for i in api.response_ids if i.startswith("guanaco"))
+    assert api.judgements == [{"response_id": loser, "preferred": "pirate says: hello"}]
+    ask(page, "and now?")
+    wait_for_answer(page, 4)
+    button(page, "Left is better").click()
+    expect(page.get_by_text("Two answers can be compared where")).to_be_visible()
+    assert len(api.judgements) == 1  # the conversations differ since the first answers
+
+
+def test_an_answer_that_nobody_remembers_cannot_be_judged(page, api):
+    ask(page, "hello")
+    wait_for_answer(page)
+    api.response_ids.clear()
+    thumb(page, "Like").click()
+    expect(page.get_by_text("No such response is remembered.")).to_be_visible()
+    expect(bylines(page)).to_have_text(re.compile("tokens/s$"))
+    button(page, "Clear").click()
+    pick(page, "Who answers", "herd-demo")
+    ask(page, "Once")
+    wait_for_answer(page)
+    thumb(page, "Like").click()
+    expect(page.get_by_text("Only answers that a chat gave")).to_be_visible()

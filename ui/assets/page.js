@@ -45,12 +45,39 @@
     });
     return new Response(body, { status: response.status, headers: response.headers });
   };
+  // A file goes from the browser straight to the API; the page's server learns its id only.
+  window.herdUpload = () =>
+    new Promise((resolve) => {
+      const input = document.createElement("input");
+      input.type = "file";
+      input.accept = ".jsonl,.json,.txt";
+      input.oncancel = () => resolve([""]);
+      input.onchange = async () => {
+        const button = document.getElementById("herd-upload");
+        button?.classList.add("herd-busy");
+        resolve([await upload(input.files[0]).catch((error) => `failed ${error.message}`)]);
+        button?.classList.remove("herd-busy");
+      };
+      input.click();
+    });
+  const upload = async (file) => {
+    const form = new FormData();
+    form.append("purpose", "fine-tune");
+    form.append("file", file);
+    const key = sessionStorage.getItem("herd-api-key");
+    const headers = key ? { Authorization: "Bearer " + key } : {};
+    const response = await plainFetch("v1/files", { method: "POST", body: form, headers });
+    const reply = await response.json().catch(() => ({}));
+    if (response.ok) return reply.id;
+    return `refused ${reply.error?.message ?? response.statusText}`;
+  };
+
   window.herdKeepKey = (key) =>
     // A header carries ASCII only.
     sessionStorage.setItem("herd-api-key", key.trim().replace(/[^!-~]/gu, encodeURIComponent));
 
   // Copying an answer leaves out its byline, which is the message's last part.
-  const byline = /\s*<span class="herd-by">[^]*$/;
+  const byline = /\s*<span class="herd-by"[^]*$/;
   const clipboard = navigator.clipboard; // absent where the page is served without TLS to other hosts
   const plainWrite = clipboard?.writeText.bind(clipboard);
   if (plainWrite) clipboard.writeText = (text) => plainWrite(text.replace(byline, ""));

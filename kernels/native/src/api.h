@@ -92,6 +92,7 @@ struct Step {
 };
 
 extern const float* dynamic_map;  // [256], what the 8-bit code of a scale stands for
+extern uint8_t dynamic_map_bytes[4][256];  // the same, byte by byte, the lowest first; aligned
 
 // The operations of one instruction set. x is contiguous; strides are in elements.
 struct Kernels {
@@ -112,6 +113,12 @@ struct Kernels {
   void (*add_lora)(int32_t dtype, void* y, long y_stride, const void* x, long num_tokens,
                    long in_features, const LoraSlice* slices, long num_slices,
                    const LoraTokens* tokens);
+  void (*rms_norm_backward)(int32_t dtype, const void* x, const void* weight, const void* grad,
+                            float eps, long num_rows, long size, void* out);
+  void (*silu_and_mul_backward)(int32_t dtype, const void* gate_up, const void* grad,
+                                long num_tokens, long size, void* out);
+  void (*label_logps)(int32_t dtype, void* logits, long num_rows, long size, const int64_t* labels,
+                      float factor, const float* slopes, float* logps, uint8_t* is_correct);
   void (*decode)(const Decoder* decoder, const Step* step);
   void (*read)(const void* from, long num_bytes);
 };

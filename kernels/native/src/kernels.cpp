@@ -1,5 +1,6 @@
 // All operations of one instruction set; compiled once for each, HERD_ISA being its name.
 #include "decoder.h"
+#include "training.h"
 
 namespace HERD_ISA {
 
@@ -68,6 +69,26 @@ static void add_lora_any(int32_t dtype, void* y, long y_stride, const void* x, l
                            num_slices, tokens));
 }
 
+static void rms_norm_backward_any(int32_t dtype, const void* x, const void* weight,
+                                  const void* grad, float eps, long num_rows, long size,
+                                  void* out) {
+  HERD_FOR(dtype, rms_norm_backward((const E*)x, (const E*)weight, (const E*)grad, eps, num_rows,
+                                    size, (E*)out));
+}
+
+static void silu_and_mul_backward_any(int32_t dtype, const void* gate_up, const void* grad,
+                                      long num_tokens, long size, void* out) {
+  HERD_FOR(dtype, silu_and_mul_backward((const E*)gate_up, (const E*)grad, num_tokens, size,
+                                        (E*)out));
+}
+
+static void label_logps_any(int32_t dtype, void* logits, long num_rows, long size,
+                            const int64_t* labels, float factor, const float* slopes, float* logps,
+                            uint8_t* is_correct) {
+  HERD_FOR(dtype, label_logps((E*)logits, num_rows, size, labels, factor, slopes, logps,
+                              is_correct));
+}
+
 static void decode_any(const herd::Decoder* decoder, const herd::Step* step) {
   HERD_FOR(decoder->dtype, (Running<E>{*decoder, *step}.run()));
 }
@@ -100,7 +121,8 @@ static void read_all(const void* from, long num_bytes) {
 extern const Kernels kernels;
 const Kernels kernels = {
     HERD_TEXT(HERD_ISA), linear_any,   dequantize_any, rms_norm_any, add_rms_norm_any, rotate_any,
-    silu_and_mul_any,    write_kv_any, attention_any,  add_lora_any, decode_any,       read_all,
+    silu_and_mul_any, write_kv_any, attention_any, add_lora_any, rms_norm_backward_any,
+    silu_and_mul_backward_any, label_logps_any, decode_any, read_all,
 };
 
 }  // namespace HERD_ISA

@@ -13,6 +13,7 @@ HERD_BUILT_SETS(HERD_DECLARE)
 namespace herd {
 
 const float* dynamic_map = nullptr;
+alignas(64) uint8_t dynamic_map_bytes[4][256];
 
 namespace {
 
@@ -28,7 +29,8 @@ bool can_run(const char* name) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
-  if (!strcmp(name, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (!strcmp(name, "avx512_bf16"))
+    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
   if (!strcmp(name, "avx512")) return avx512;
   if (!strcmp(name, "avx2")) return avx2;
 #endif
@@ -92,6 +94,8 @@ HERD_EXPORT int herd_choose(const char* name, const float* dynamic_map) {
     if (!strcmp(kernels->name, name) && herd::can_run(name)) {
       herd::chosen = kernels;
       herd::dynamic_map = dynamic_map;
+      for (int i = 0; i < 4 * 256; i++)
+        herd::dynamic_map_bytes[i % 4][i / 4] = ((const uint8_t*)dynamic_map)[i];
       return 1;
     }
   return 0;
@@ -159,6 +163,24 @@ HERD_EXPORT void herd_add_lora(int dtype, void* y, long y_stride, const void* x,
                                const herd::LoraTokens* tokens) {
   herd::chosen->add_lora(dtype, y, y_stride, x, num_tokens, in_features, slices, num_slices,
                          tokens);
+}
+
+HERD_EXPORT void herd_rms_norm_backward(int dtype, const void* x, const void* weight,
+                                        const void* grad, float eps, long num_rows, long size,
+                                        void* out) {
+  herd::chosen->rms_norm_backward(dtype, x, weight, grad, eps, num_rows, size, out);
+}
+
+HERD_EXPORT void herd_silu_and_mul_backward(int dtype, const void* gate_up, const void* grad,
+                                            long num_tokens, long size, void* out) {
+  herd::chosen->silu_and_mul_backward(dtype, gate_up, grad, num_tokens, size, out);
+}
+
+HERD_EXPORT void herd_label_logps(int dtype, void* logits, long num_rows, long size,
+                                  const int64_t* labels, float factor, const float* slopes,
+                                  float* logps, uint8_t* is_correct) {
+  herd::chosen->label_logps(dtype, logits, num_rows, size, labels, factor, slopes, logps,
+                            is_correct);
 }
 
 HERD_EXPORT void herd_decode(const herd::Decoder* decoder, const herd::Step* step) {

@@ -1,0 +1,73 @@
+"""What is wrong with a data file: every bad line by number, what was found and what to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.errors import EngineError
+
+MAX_SHOWN = 50
+"""Problems kept in full; the others are counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing to put right."""
+
+    message: str
+    """What was found, what is allowed, what to do."""
+    line: int | None = None
+    """From 1; None: the file as a whole."""
+
+
+class DatasetErrors(EngineError):
+    """A file that cannot be trained on: all that is wrong with it."""
+
+    code = "invalid_training_data"
+
+    def __init__(self, file: str, problems: tuple[Problem, ...], num_problems: int) -> None:
+        self.file = file
+        self.problems = problems
+        """The first MAX_SHOWN, in the order of the lines."""
+        self.num_problems = num_problems
+        lines = [f"{file}: {num_problems} problem{'s' if num_problems > 1 else ''}"]
+        for problem in problems:
+            where = f"line {problem.line}: " if problem.line is not None else ""
+            lines.append(f"  {where}{problem.message}")
+        if num_problems > len(problems):
+            lines.append(f"  and {num_problems - len(problems)} more")
+        super().__init__("\n".join(lines))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For an API's answer."""
+        return {
+            "file": self.file,
+            "num_problems": self.num_problems,
+            "problems": [{"line": p.line, "message": p.message} for p in self.problems],
+        }
+
+
+@dataclass(slots=True)
+class ProblemList:
+    """Collects problems while a file is read; bounded, however bad the file is."""
+
+    file: str
+    problems: list[Problem] = field(default_factory=list)
+    num_problems: int = 0
+
+    def add(self, message: str, line: int | None = None) -> None:
+        self.num_problems += 1
+        if len(self.problems) < MAX_SHOWN:
+            self.problems.append(Problem(message=message, line=line))
+
+    def raise_if_any(self) -> None:
+        """Raises:
+        DatasetErrors: there are some.
+        """
+        if self.num_problems:
+            raise DatasetErrors(self.file, tuple(self.problems), self.num_problems)
+
+
+class BadRecord(ValueError):
+    """One record that cannot be used; the reader of the file adds the line."""

@@ -1,0 +1,264 @@
+"""Recorded decode steps, over a backend that records on the CPU: the texts are those without."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from engine.batch import make_batch
+from engine.decode_graphs import SETTLED_STEPS
+from engine.decode_inputs import DecodeInputs
+from tests.engine.fakes import FakeEngine, adapter
+from tests.engine.test_speculation import CONFIG, KINDS, said, sequence
+
+PROMPT = [5, 6, 7, 8, 9, 10, 11, 12, 13]
+
+
+class Recorder:
+    """Keeps what is captured, and runs it again on demand."""
+
+    def __init__(self, *, error: Exception | None = None, bytes_each: int = 0) -> None:
+        self.error = error
+        self.bytes_each = bytes_each
+        self.num_captured = self.num_replayed = 0
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        if self.error is not None:
+            raise self.error
+        run()
+        self.num_captured += 1
+
+        def replay() -> None:
+            self.num_replayed += 1
+            run()
+
+        return replay
+
+    def memory_bytes(self) -> int:
+        return self.num_captured * self.bytes_each
+
+
+def both(**options) -> tuple[FakeEngine, FakeEngine, Recorder]:
+    """An engine without graphs, one with, and what the latter records with."""
+    backend = Recorder()
+    return FakeEngine(**options), FakeEngine(graph_backend=backend, **options), backend
+
+
+def test_a_recorded_step_says_what_an_eager_one_says():
+    plain, fake, backend = both()
+    for engine in (plain, fake):
+        engine.add("a", PROMPT, max_tokens=60)
+        engine.run()
+    assert said(fake, "a") == said(plain, "a")
+    assert backend.num_captured == 1
+    assert backend.num_replayed == 59 - SETTLED_STEPS
+
+
+def test_a_batch_in_between_is_filled_up_with_rows_that_nobody_sees():
+    plain, fake, backend = both(num_blocks=256, max_num_seqs=8)
+    for engine in (plain, fake):
+        for number in range(5):
+            engine.add(f"r{number}", [number, *PROMPT], max_tokens=20 + 5 * number)
+        engine.run()
+    for number in range(5):
+        assert said(fake, f"r{number}") == said(plain, f"r{number}")
+    # 5 sequences run as 8, 4 as 4, 3 as 4, 2 as 2, 1 as 1.
+    assert set(fake.graphs._replays) == {1, 2, 4, 8}
+    assert backend.num_captured == 4
+
+
+def test_more_sequences_than_the_largest_size_run_as_they_always_did():
+    plain, fake, backend = both(num_blocks=256, max_num_seqs=8)
+    fake.graphs._sizes = (1, 2, 4)
+    for engine in (plain, fake):
+        for number in range(6):
+            engine.add(f"r{number}", [number, *PROMPT], max_tokens=30)
+        engine.run()
+    assert [fake.text(f"r{i}") for i in range(6)] == [plain.text(f"r{i}") for i in range(6)]
+    assert backend.num_captured == 0
+
+
+def test_prompts_run_eagerly_beside_which_nothing_is_replayed():
+    plain, fake, backend = both(num_blocks=256, max_num_batched_tokens=16)
+    for engine in (plain, fake):
+        engine.add("a", PROMPT, max_tokens=50)
+        for _ in range(20):
+            engine.step()
+        engine.add("b", PROMPT * 5, max_tokens=30)
+        before = backend.num_replayed
+        engine.step()
+        assert backend.num_replayed == before
+        engine.run()
+    assert said(fake, "a") == said(plain, "a") and said(fake, "b") == said(plain, "b")
+
+
+def test_one_set_serves_base_and_adapters_and_is_recorded_again_when_the_pool_changes():
+    plain, fake, backend = both(num_blocks=256, num_rows=3)
+    for engine in (plain, fake):
+        engine.add("base", PROMPT, max_tokens=60)
+        engine.add("one", PROMPT, max_tokens=60, adapter=adapter(1))
+        engine.add("half", PROMPT, max_tokens=60, adapter=adapter(1), lora_scale=0.5)
+        engine.add("off", PROMPT, max_tokens=60, adapter=adapter(1), lora_scale=0.0)
+        for _ in range(25):
+            engine.step()
+    assert backend.num_captured == 1
+    for engine in (plain, fake):
+        engine.add("two", PROMPT, max_tokens=60, adapter=adapter(2))
+        engine.step()
+        engine.step()
+    assert not fake.graphs._replays, "what read the old rows is gone"
+    for engine in (plain, fake):
+        engine.run()
+    for name in ("base", "one", "half", "off", "two"):
+        assert said(fake, name) == said(plain, name)
+    assert fake.text("base") != fake.text("one") != fake.text("half")
+
+
+def test_adapters_with_more_than_low_rank_parts_run_eagerly():
+    plain, fake, backend = both(num_blocks=256)
+    for engine in (plain, fake):
+        engine.pool.not_low_rank.add("adapter-1")
+        engine.add("a", PROMPT, max_tokens=30, adapter=adapter(1))
+        engine.run()
+    assert backend.num_captured == 0
+    for engine in (plain, fake):
+        engine.add("b", PROMPT, max_tokens=30)
+        engine.run()
+    assert backend.num_captured == 1
+    assert said(fake, "a") == said(plain, "a") and said(fake, "b") == said(plain, "b")
+
+
+def test_a_backend_that_cannot_record_is_asked_once_and_harms_nobody(caplog):
+    backend = Recorder(error=RuntimeError("operation not permitted when stream is capturing"))
+    plain, fake = FakeEngine(), FakeEngine(graph_backend=backend)
+    for engine in (plain, fake):
+        engine.add("a", PROMPT, max_tokens=40)
+        engine.run()
+    assert said(fake, "a") == said(plain, "a")
+    assert caplog.text.count("not permitted") == 1
+
+
+def test_a_device_that_is_lost_while_recording_is_not_survived():
+    fake = FakeEngine(graph_backend=Recorder(error=torch.AcceleratorError("lost")))
+    fake.add("a", PROMPT, max_tokens=40)
+    with pytest.raises(torch.AcceleratorError):
+        fake.run()
+
+
+def test_recordings_that_take_more_than_is_kept_for_them_are_the_last():
+    backend = Recorder(bytes_each=600)
+    fake = FakeEngine(graph_backend=backend, num_blocks=256)
+    fake.graphs._budget_bytes = 1000
+    for number in range(4):
+        fake.add(f"r{number}", [number, *PROMPT], max_tokens=20 + 15 * number)
+    fake.run()
+    assert fake.graphs.num_bytes == 1200 and backend.num_captured == 2
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+def test_preempted_sequences_come_back_to_other_blocks(enable_prefix_caching):
+    plain, fake, backend = both(
+        num_blocks=17, max_num_seqs=4, enable_prefix_caching=enable_prefix_caching
+    )
+    for engine in (plain, fake):
+        for number in range(4):
+            engine.add(f"r{number}", [number, *PROMPT], max_tokens=40)
+        engine.run()
+        assert engine.stats.num_preemptions > 0
+    assert [said(fake, f"r{i}") for i in range(4)] == [said(plain, f"r{i}") for i in range(4)]
+    assert backend.num_replayed > 20
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("speculative_config", [None, CONFIG], ids=["plain", "guessing"])
+def test_a_storm_of_requests_is_answered_as_without_graphs(seed, speculative_config):
+    answers = []
+    for fake in both(
+        num_blocks=48, max_num_seqs=8, num_rows=3, speculative_config=speculative_config
+    )[:2]:
+        fake.model.originality = 0.2
+        dice = random.Random(seed)
+        names = []
+        for number in range(40):
+            prompt = [dice.randrange(3, 12) for _ in range(dice.randrange(1, 30))]
+            options = {"max_tokens": dice.randrange(1, 60), **dice.choice(list(KINDS.values()))}
+            refs = [None, None, adapter(1), adapter(2), adapter(3), adapter(4)]
+            fake.add(f"r{number}", prompt, adapter=dice.choice(refs), **options)
+            num_steps = dice.choice((0, 1, 3, 20))
+            is_cancelled = dice.random() < 0.1
+            for _ in range(num_steps):
+                fake.step()
+            if is_cancelled:
+                fake.engine.cancel(f"r{number}")
+            else:
+                names.append(f"r{number}")
+        fake.run()
+        answers.append({name: said(fake, name)[:2] for name in names})
+    assert answers[0] == answers[1]
+
+
+def decoding(num_tokens: int, table: list[int], lora_row: int = -1):
+    """A sequence that lacks its last token."""
+    own = sequence(list(range(num_tokens)))
+    own.num_computed_tokens = num_tokens - 1
+    own.block_table = table
+    own.lora_row = lora_row
+    return own
+
+
+def inputs() -> DecodeInputs:
+    return DecodeInputs(8, block_size=4, max_num_blocks=6, device=torch.device("cpu"))
+
+
+def assert_holds(made: DecodeInputs, sequences: list, size: int) -> None:
+    """The static tensors hold what make_batch gives, then rows of nobody."""
+    batch, num_seqs = made.batch(size), len(sequences)
+    lora_indices, lora_scales = made.lora(size)
+    expected = make_batch([(one, 1) for one in sequences], block_size=4, device=torch.device("cpu"))
+    for name in ("input_ids", "positions", "context_lens", "slot_mapping"):
+        found = getattr(batch, name)
+        assert found.dtype == getattr(expected, name).dtype
+        assert found[:num_seqs].tolist() == getattr(expected, name).tolist(), name
+    assert batch.cu_seqlens_q.tolist() == list(range(size + 1))
+    width = expected.block_tables.shape[1]
+    assert batch.block_tables[:num_seqs, :width].tolist() == expected.block_tables.tolist()
+    assert lora_indices[:num_seqs].tolist() == expected.lora_indices
+    assert lora_scales[:num_seqs].tolist() == expected.lora_scales
+    assert batch.context_lens[num_seqs:].eq(0).all() and batch.slot_mapping[num_seqs:].eq(-1).all()
+    assert lora_indices[num_seqs:].eq(-1).all() and batch.block_tables[num_seqs:].eq(-1).all()
+
+
+def test_static_tensors_hold_the_step_and_stay_where_they_are():
+    made = inputs()
+    places = [made.batch(4).input_ids.data_ptr(), made.batch(4).block_tables.data_ptr()]
+    many = [decoding(3, [5]), decoding(9, [1, 0, 7], lora_row=1), decoding(5, [2, 3])]
+    made.load(many, 4)
+    assert_holds(made, many, 4)
+    made.load(many[:1], 2)
+    assert_holds(made, many[:1], 2)
+    assert [made.batch(4).input_ids.data_ptr(), made.batch(4).block_tables.data_ptr()] == places
+
+
+def test_what_was_prepared_is_completed_and_what_has_changed_is_corrected():
+    made = inputs()
+    going, leaving = decoding(4, [5], lora_row=2), decoding(6, [1, 0])
+    made.load([going, leaving], 2)
+    for _ in range(12):  # over the end of blocks, in both sets of host memory
+        made.prepare_next()
+        for one, block in ((going, 8), (leaving, 9)):
+            one.append(len(one.token_ids) % 60)
+            one.num_computed_tokens += 1
+            if one.num_computed_tokens % 4 == 0:
+                one.block_table.append(block)
+        made.load([going, leaving], 2)
+        assert_holds(made, [going, leaving], 2)
+    made.prepare_next()
+    made.load([going], 1)
+    assert_holds(made, [going], 1)
+    made.prepare_next()
+    going.block_table = [4, 3, 2, 1]  # preempted, and back in other blocks
+    made.load([going, decoding(2, [0])], 4)
+    assert made.batch(1).block_tables[0, :4].tolist() == [4, 3, 2, 1]
