@@ -166,3 +166,16 @@ def test_weights_for_one_load_are_read_from_disk_when_loaded_again():
     assert publish(runner, events[-2].path) == 1.0
     runner.source(REF)
     assert runner.read == [REF]
+
+
+def test_a_single_long_slice_is_not_worth_a_note():
+    runner = Runner(num_steps=200, forward_s=0.01, backward_s=0.01)
+    runner.runner.start(job())
+    runner.runner.advance(has_streams=True)
+    runner.trainers[0].forward_s = 1.0
+    events = runner.runner.advance(has_streams=True)
+    runner.trainers[0].forward_s = 0.01
+    for _ in range(100):
+        events += runner.runner.advance(has_streams=True)
+    assert not [event for event in events if isinstance(event, TrainingNote)]
+    assert len([event for event in events if isinstance(event, TrainingProgress)]) > 100
