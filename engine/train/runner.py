@@ -31,6 +31,7 @@ from engine.api import (
 from engine.errors import EngineError, NotEnoughMemory
 from engine.lora import LoraWeights
 from engine.lora_source import LoraSource
+from engine.train.checkpoint_keeper import in_thread
 from engine.train.out_of_memory import with_smaller_batches
 from engine.train.rollouts import EngineRollouts
 from engine.train.run import Slices
@@ -193,8 +194,11 @@ class JobRunner:
             self._pace.wait()
             elapsed_s = self._clock() - started_s
             self._budget.pay(kind, elapsed_s)
-            if self._job is not None:
-                self._tell_of_stalls(elapsed_s)
+            if self._slices is None:
+                return
+            self._tell_of_stalls(elapsed_s)
+            if _chain(self._slices)[-1].gi_code is in_thread.__code__:
+                return  # data are read or a checkpoint is written: more slices would only wait
 
     def _draw(self, *, has_streams: bool) -> None:
         """Steps of the trainer's own requests, beside clients that have some too."""

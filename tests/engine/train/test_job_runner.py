@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -15,7 +17,8 @@ from engine.api import (
     TrainingStarted,
 )
 from engine.errors import EngineError
-from tests.engine.train.fake_trainers import Runner, job
+from engine.train.checkpoint_keeper import in_thread
+from tests.engine.train.fake_trainers import Runner, ScriptedTrainer, job
 
 REF = AdapterRef(uid=1, generation=1, name="tuned", path="/copy")
 
@@ -125,6 +128,22 @@ def test_a_trainer_that_waits_for_the_engine_is_left_alone():
     assert runner.runner.advance(has_streams=True) == []
     assert runner.runner.advance(has_streams=False) == []
     runner.trainers[0].is_waiting = False
+    assert runner.run_idle()[-1].status == "succeeded"
+
+
+def test_streams_do_not_wait_for_what_a_thread_does():
+    gate = threading.Event()
+
+    class Preparing(ScriptedTrainer):
+        def run(self):
+            yield from in_thread(lambda: gate.wait(60))
+            yield from super().run()
+
+    runner = Runner(trainer_class=Preparing)  # its clock stands: slices cost nothing
+    runner.runner.start(job())
+    for _ in range(3):
+        assert runner.runner.advance(has_streams=True) == []
+    gate.set()
     assert runner.run_idle()[-1].status == "succeeded"
 
 
