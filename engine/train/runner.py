@@ -31,6 +31,7 @@ from engine.api import (
 from engine.errors import EngineError, NotEnoughMemory
 from engine.lora import LoraWeights
 from engine.lora_source import LoraSource
+from engine.train.checkpoint_keeper import in_thread
 from engine.train.out_of_memory import with_smaller_batches
 from engine.train.rollouts import EngineRollouts
 from engine.train.run import Slices
@@ -41,8 +42,9 @@ logger = logging.getLogger(__name__)
 FATAL = (torch.AcceleratorError, KeyboardInterrupt, SystemExit)
 """After these nothing in this process can be trusted or is wanted."""
 
-MANY_LONG_SLICES = 20
-"""So often a slice must have waited for more than one step of the streams before it is told."""
+MANY_LONG_SLICES = 8
+LONG_SHARE = 0.01
+"""More than so many slices, and a larger share of them, must have been too long to be told of."""
 
 
 class Trainer(Protocol):
@@ -99,7 +101,8 @@ class JobRunner:
         self._slices: Slices[None] | None = None
         self._said: list[TrainingEvent | StepOutput] = []
         self._max_rollout_tokens = 1
-        self._num_long_slices = 0
+        self._num_slices = self._num_long_slices = 0
+        self._has_told_of_stalls = False
 
     @property
     def is_running(self) -> bool:
@@ -126,7 +129,8 @@ class JobRunner:
             self._said.append(_failed(job, error))
             return
         self._job, self._slices = job, self._trainer.run()
-        self._num_long_slices = 0
+        self._num_slices = self._num_long_slices = 0
+        self._has_told_of_stalls = False
 
     def stop(self, job_id: str, status: Literal["paused", "cancelled"]) -> None:
         """Ask a job to end; one that does not run is ignored, for it has had its last word."""
@@ -184,12 +188,17 @@ class JobRunner:
         while self.has_work and self._slices is not None:
             kind = _suspended_at(self._slices)
             if not self._budget.may_run(kind):
-                self._tell_of_stalls(kind)
                 return
             started_s = self._clock()
             self._slice()
             self._pace.wait()
-            self._budget.pay(kind, self._clock() - started_s)
+            elapsed_s = self._clock() - started_s
+            self._budget.pay(kind, elapsed_s)
+            if self._slices is None:
+                return
+            self._tell_of_stalls(elapsed_s)
+            if _chain(self._slices)[-1].gi_code is in_thread.__code__:
+                return  # data are read or a checkpoint is written: more slices would only wait
 
     def _draw(self, *, has_streams: bool) -> None:
         """Steps of the trainer's own requests, beside clients that have some too."""
@@ -233,19 +242,19 @@ class JobRunner:
             self._slices.close()
             self._slices = self._job = None  # the trainer stays: its weights may be asked for
 
-    def _tell_of_stalls(self, kind: Hashable) -> None:
+    def _tell_of_stalls(self, elapsed_s: float) -> None:
         """Say once per job that slices are longer than streams are meant to wait."""
-        expected_s = self._budget.expected_s(kind)
-        if expected_s <= self._budget.max_stall_s:
+        self._num_slices += 1
+        self._num_long_slices += elapsed_s > self._budget.max_stall_s
+        is_often = self._num_long_slices > max(MANY_LONG_SLICES, LONG_SHARE * self._num_slices)
+        if not is_often or self._has_told_of_stalls:
             return
-        self._num_long_slices += 1
-        if self._num_long_slices != MANY_LONG_SLICES:
-            return
+        self._has_told_of_stalls = True
         assert self._job is not None
         message = (
-            f"A part of a training step takes {expected_s * 1e3:.0f} ms and cannot be divided; "
+            f"Parts of a training step take {elapsed_s * 1e3:.0f} ms and cannot be divided; "
             f"--train-max-stall-ms is {self._budget.max_stall_s * 1e3:.0f}. Streams wait that long "
-            f"for some of their tokens. A smaller micro_batch_tokens makes it shorter."
+            f"for some of their tokens. A smaller micro_batch_tokens makes them shorter."
         )
         self._said.append(TrainingNote(job_id=self._job.job_id, level="warn", message=message))
 
