@@ -271,7 +271,7 @@ def _free_for_cache(
     free_bytes = default_cuda_bytes(device, utilization, reserved_bytes)
     means = (
         f"--gpu-memory-utilization {utilization} less weights and {format_bytes(reserved_bytes)} "
-        f"for activations, adapters, graphs and training"
+        f"for activations, adapters (--max-loras), graphs (--enforce-eager) and training"
     )
     return free_bytes, means
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine.batch import make_batch
+from engine.cuda_graphs import CudaGraphBackend
 from engine.decode_graphs import SETTLED_STEPS
 from engine.decode_inputs import DecodeInputs
 from tests.engine.fakes import FakeEngine, adapter
@@ -146,6 +147,19 @@ def test_a_device_that_is_lost_while_recording_is_not_survived():
     fake.add("a", PROMPT, max_tokens=40)
     with pytest.raises(torch.AcceleratorError):
         fake.run()
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_what_cuda_cannot_record_is_told_from_a_lost_device(monkeypatch, is_lost):
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError("operation not permitted when stream is capturing")
+
+    backend = CudaGraphBackend(torch.device("cuda"))
+    monkeypatch.setattr(backend, "_capture", fail)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail if is_lost else lambda _: None)
+    with pytest.raises(RuntimeError, match="not permitted") as raised:
+        backend.capture(lambda: None)
+    assert isinstance(raised.value, torch.AcceleratorError) == is_lost
 
 
 def test_recordings_that_take_more_than_is_kept_for_them_are_the_last():
