@@ -19,7 +19,7 @@ def norm_case() -> Case:
     names = ("out", "total", "x", "residual", "weight")
     sizes = {"size": "i32", "eps": "fp32", "x_stride": "i32", "residual_stride": "i32"}
     return Case(
-        "add_rms_norm, 8192 wide", rows._norm_kernel, {name: "*bf16" for name in names} | sizes,
+        "add_rms_norm, 8192 wide", rows._norm_kernel, dict.fromkeys(names, "*bf16") | sizes,
         {"HAS_RESIDUAL": True, "BLOCK": HIDDEN}, HIDDEN / (32 * warps), num_warps=warps,
         is_loop=False, arches=(75, 80, 90),
     )  # fmt: skip
@@ -36,14 +36,14 @@ def silu_case() -> Case:
 
 def rotary_case(*, is_fp8: bool) -> Case:
     """Norms, rotation and the cache's write."""
-    types = {name: "*bf16" for name in ("out", "q", "k", "v", "q_norm", "k_norm")}
+    types = dict.fromkeys(("out", "q", "k", "v", "q_norm", "k_norm"), "*bf16")
     types |= {"cos": "*fp32", "sin": "*fp32", "slot_mapping": "*i64", "eps": "fp32"}
-    types |= {name: "*u8" if is_fp8 else "*bf16" for name in ("k_cache", "v_cache")}
+    types |= dict.fromkeys(("k_cache", "v_cache"), "*u8" if is_fp8 else "*bf16")
     types |= {"k_scales": "*u8", "v_scales": "*u8"}
     sizes = ("num_heads", "num_kv_heads", "q_stride", "k_stride", "v_stride")
     return Case(
         "rotary and cache" + (", fp8" if is_fp8 else ""), rotary.rotary_kernel,
-        types | {name: "i32" for name in sizes},
+        types | dict.fromkeys(sizes, "i32"),
         {
             "HAS_NORM": True, "IS_FP8": is_fp8, "HEADS": rotary.HEADS, "HEAD_DIM": HEAD_DIM,
             "HALF": HEAD_DIM // 2,

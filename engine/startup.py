@@ -165,13 +165,15 @@ def create_runner(
             rollouts=rollouts,
         )
 
-    return JobRunner(
+    runner = JobRunner(
         make_trainer,
         rollouts,
         source,
         max_stall_s=config.scheduler.train_max_stall_ms / 1e3,
         device=model.device,
     )
+    engine.make_room = runner.make_room
+    return runner
 
 
 def load_base(config: ModelConfig, folder: Path, progress: Progress) -> LoadedModel:

@@ -112,7 +112,7 @@ def paged_attention(
                           head serves num_heads / num_kv_heads consecutive query heads.
         block_tables:     int32 [num_seqs, max_num_blocks], padded with -1.
         context_lens:     int32 [num_seqs], this step's tokens included: they are cached already.
-                          0 with one new token is padding, whose result is zeros.
+                          0 with one new token is padding, whose result means nothing.
         cu_seqlens_q:     int32 [num_seqs + 1], prefix sums of new tokens, at least one each.
         scale:            multiplies the scores, usually head_dim ** -0.5.
         sliding_window:   tokens, or None.

@@ -208,6 +208,20 @@ def test_a_16_bit_cache_serves_a_32_bit_model(models):
     assert texts(run(engine, [request(2)]))["r2"][0] == exact[0]
 
 
+def test_an_8_bit_cache_says_the_same_alone_in_a_batch_in_chunks_and_from_the_prefix(models):
+    folder, oracle = models["llama"]
+    asked = [request(i, 12) for i in range(6)] + [seeded(6)]
+    engine = make_engine(folder, kv_cache_dtype="fp8")
+    assert engine._runner.kv_caches[0][0].dtype == torch.float8_e4m3fn
+    found = texts(run(engine, asked))
+    again = texts(run(engine, asked))
+    small = make_engine(folder, kv_cache_dtype="fp8", max_num_batched_tokens=7, max_num_seqs=3)
+    assert texts(run(small, asked)) == again == found
+    prompt = torch.tensor([PROMPTS[0]])
+    exact = oracle.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert found["r0"][0] == exact[0, prompt.shape[1]].item()
+
+
 def test_adapters_mixed_in_a_batch_and_more_of_them_than_rows_say_what_each_says_alone(models):
     folder, _ = models["llama"]
     refs = [

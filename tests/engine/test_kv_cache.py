@@ -11,6 +11,7 @@ from engine import kv_cache
 from engine.config import CacheConfig
 from engine.errors import NotEnoughMemory
 from engine.kv_cache import allocate_kv_caches, block_bytes, choose_num_blocks, kv_cache_dtype
+from kernels.fp8_cache import FP8
 
 SPEC = SimpleNamespace(num_layers=3, num_kv_heads=2, head_dim=8)
 
@@ -68,6 +69,17 @@ def test_the_cache_has_a_key_and_a_value_tensor_per_layer_of_the_counted_size():
     assert num_bytes == 5 * block_bytes(SPEC, 4, torch.bfloat16)
 
 
+def test_an_8_bit_cache_takes_half_of_16_bits_and_a_byte_for_each_scale():
+    caches = allocate_kv_caches(
+        SPEC, num_blocks=5, block_size=4, dtype=FP8, device=torch.device("cpu")
+    )
+    assert [tensor.dtype for tensor in caches[0]] == [FP8, FP8, torch.uint8, torch.uint8]
+    assert [tensor.shape for tensor in caches[2]] == [(5, 4, 2, 8)] * 2 + [(5, 4, 2)] * 2
+    num_bytes = sum(tensor.nbytes for layer in caches for tensor in layer)
+    assert num_bytes == 5 * block_bytes(SPEC, 4, FP8)
+    assert num_bytes == 5 * block_bytes(SPEC, 4, torch.bfloat16) * 9 // 16  # heads of 8
+
+
 def test_a_cache_that_cannot_be_allocated_is_a_named_error():
     with pytest.raises(NotEnoughMemory, match="--kv-cache-memory-bytes"):
         allocate_kv_caches(
@@ -79,6 +91,7 @@ def test_the_flag_chooses_the_type_of_the_cache():
     assert kv_cache_dtype(CacheConfig(), torch.float16) == torch.float16
     config = CacheConfig(kv_cache_dtype="bfloat16")
     assert kv_cache_dtype(config, torch.float32) == torch.bfloat16
+    assert kv_cache_dtype(CacheConfig(kv_cache_dtype="fp8"), torch.float32) == FP8
 
 
 @pytest.mark.parametrize(

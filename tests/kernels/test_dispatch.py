@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from kernels import dispatch
+from kernels.attention_input import rotate_and_cache
 from kernels.dispatch import Implementation, check
 from kernels.fused import add_rms_norm, apply_rotary, rms_norm, silu_and_mul
 from kernels.linear import linear
@@ -9,6 +10,8 @@ from kernels.lora import add_lora
 from kernels.nf4 import dequantize_4bit, quantize_4bit
 from kernels.nf4_linear import nf4_linear
 from kernels.paged_attention import paged_attention, write_kv_cache
+from kernels.sampling import apply_bitmask
+from kernels.truncation import truncate
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +72,7 @@ def test_a_meaningless_environment_is_refused(monkeypatch):
 X, HEADS, CACHE = torch.ones(2, 64), torch.ones(2, 4, 16), torch.ones(1, 16, 4, 16)
 WEIGHT = quantize_4bit(torch.ones(8, 64))
 INDICES = torch.zeros(2, dtype=torch.int32)
+CACHE8, SCALES = CACHE.to(torch.float8_e4m3fn), torch.ones(1, 16, 4, dtype=torch.uint8)
 OPERATIONS = {
     "dequantize_4bit": lambda: dequantize_4bit(WEIGHT),
     "linear": lambda: linear(X, torch.ones(8, 64)),
@@ -83,6 +87,18 @@ OPERATIONS = {
     "add_rms_norm": lambda: add_rms_norm(X, X, torch.ones(64), 1e-6),
     "apply_rotary": lambda: apply_rotary(HEADS, HEADS, torch.ones(2, 8), torch.ones(2, 8)),
     "silu_and_mul": lambda: silu_and_mul(X),
+    "rotate_and_cache": lambda: rotate_and_cache(
+        HEADS, HEADS, HEADS, torch.ones(2, 8), torch.ones(2, 8), CACHE, CACHE, torch.arange(2)
+    ),
+    "write_fp8_cache": lambda: write_kv_cache(
+        HEADS, HEADS, CACHE8, CACHE8, torch.arange(2), (SCALES, SCALES)
+    ),
+    "paged_attention_fp8": lambda: paged_attention(
+        HEADS, CACHE8, CACHE8, INDICES[:1, None], INDICES[:1] + 2, INDICES + torch.tensor([0, 2]),
+        scale=1.0, kv_scales=(SCALES, SCALES),
+    ),
+    "truncate": lambda: truncate(X, top_k=torch.ones(2).long()),
+    "apply_bitmask": lambda: apply_bitmask(X.clone(), [1], torch.zeros(1, 2).int()),
 }  # fmt: skip
 
 
