@@ -34,7 +34,7 @@ MAX_QUERIES = 16
 SPLITS_AT_ONCE = 16
 """Splits in one step of joining."""
 MAX_WORKSPACE_BYTES = 64 * 2**20
-"""Of the splits' results; what needs more runs in several launches."""
+"""Of the splits' results; sequences that need more together run in several launches."""
 
 
 def accepts(
