@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import uvicorn
 
     from server.config import ServerConfig
+    from server.datasets.prepare import Prepared
     from server.engine_client import EngineClient
     from server.state import ServerState
 
@@ -225,7 +226,6 @@ def compose(
     from server.chat_template import load_override
     from server.data_folder import open_data_folder
     from server.database import Database
-    from server.datasets.prepare import prepare
     from server.engine_client import EngineClient
     from server.feedback import Feedback
     from server.files import Files
@@ -283,7 +283,7 @@ def compose(
         adapters=loader,
         tokenizer=tokenizer,
         spec=spec,
-        prepare=prepare,
+        prepare=prepare_data,
         model_names=names,
         chat_template=chat_template,
         max_lora_rank=engine_config.lora.max_lora_rank,
@@ -305,6 +305,13 @@ def compose(
         chat_template=chat_template,
     )
     return state, engine, adapters
+
+
+def prepare_data(path: Path, **settings: Any) -> Prepared:
+    """server/datasets/prepare.prepare, imported when it is used: no start waits for it."""
+    from server.datasets.prepare import prepare
+
+    return prepare(path, **settings)
 
 
 def default_data_dir() -> Path:

@@ -17,6 +17,7 @@ VOCAB_SIZE = 32_000
 MAX_LEN = 4096
 SHAPES = {
     "tiny": {"hidden_size": 256, "inner_size": 512, "layers": 2, "heads": 4, "kv_heads": 4},
+    "110M": {"hidden_size": 768, "inner_size": 2048, "layers": 12, "heads": 12, "kv_heads": 12},
     "160M": {"hidden_size": 768, "inner_size": 3072, "layers": 12, "heads": 12, "kv_heads": 12},
     "1.1B": {"hidden_size": 2048, "inner_size": 5632, "layers": 22, "heads": 32, "kv_heads": 4},
 }  # fmt: skip

@@ -20,7 +20,15 @@ class CudaGraphBackend:
 
         Raises:
             RuntimeError: something in it waits for the device.
+            torch.AcceleratorError: the device is lost.
         """
+        try:
+            return self._capture(run)
+        except torch.AcceleratorError as error:
+            torch.cuda.synchronize(self._device)  # raises where it was more than a recording
+            raise RuntimeError(str(error)) from error
+
+    def _capture(self, run: Callable[[], None]) -> Callable[[], None]:
         current = torch.cuda.current_stream(self._device)
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(current)
@@ -28,7 +36,9 @@ class CudaGraphBackend:
             run()
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory_pool):
+        # Meanwhile the thread that loads adapters may pin memory, which another mode would forbid.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=self._memory_pool, capture_error_mode=mode):
             run()
         self._memory_pool = graph.pool()
         return graph.replay

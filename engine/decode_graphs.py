@@ -5,8 +5,9 @@ first. It is recorded for a few numbers of sequences; a batch in between is fill
 attend to nothing and whose keys and values are not stored. One set of graphs serves base and
 adapters: a row names its adapter, -1 is the base.
 
-When      every sequence runs one token, none of them a prompt's, and the adapters among them have
-          low-rank parts only. All else is run as it always is.
+When      every sequence decodes, and the adapters among them have low-rank parts only. All else is
+          run as it always is. A guessed token is a row like any other: its keys and values are
+          stored before a layer's attention reads them, and it sees what stands before it.
 Recorded  when a size is first needed, after the pool of adapters has stayed the same for
           SETTLED_STEPS steps: addresses of adapters are part of a recording, so a change of the
           pool throws all of them away.
@@ -112,8 +113,8 @@ class DecodeGraphs:
         """What recordings have taken of the device's memory so far."""
 
     def run(self, items: SequenceOf[tuple[Sequence, int]]) -> torch.Tensor | None:
-        """A decode step: float32 [num_seqs, vocab_size], overwritten by the next of its size; None
-        where this step has to run as others do."""
+        """A decode step's logits, float32 [num_tokens, vocab_size], which the next one overwrites;
+        None where this step has to run as others do."""
         size = self._size_for(items)
         if size is None:
             return None
@@ -123,11 +124,11 @@ class DecodeGraphs:
         is_known = size in self._replays
         if not is_known and (self._is_given_up or self._num_settled <= SETTLED_STEPS):
             return None
-        self._inputs.load([sequence for sequence, _ in items], size)
+        num_rows = self._inputs.load([sequence for sequence, _ in items], size)
         if not is_known and not self._record(size):
             return None
         self._replays[size]()
-        return self._logits[size][: len(items)]
+        return self._logits[size][:num_rows]
 
     def prepare_next(self) -> None:
         """Work out the next step's input as if this step's sequences all went on; on a GPU this
@@ -135,13 +136,15 @@ class DecodeGraphs:
         self._inputs.prepare_next()
 
     def _size_for(self, items: SequenceOf[tuple[Sequence, int]]) -> int | None:
-        if len(items) > self._sizes[-1]:
+        num_rows = sum(count for _, count in items)
+        if num_rows > self._sizes[-1]:
             return None
-        if not all(count == 1 and sequence.output_token_ids for sequence, count in items):
-            return None  # a prompt's last token may be scored, or tell about the prompt
+        # A prompt's last token is no decode: it may be scored, or tell about the prompt.
+        if not all(s.num_missing_tokens == 1 and s.output_token_ids for s, _ in items):
+            return None
         if not self._pool.may_be_recorded([sequence.lora_row for sequence, _ in items]):
             return None
-        return next(size for size in self._sizes if size >= len(items))
+        return next(size for size in self._sizes if size >= num_rows)
 
     def _record(self, size: int) -> bool:
         """Record the step of so many sequences; False where that cannot be done, now or ever."""

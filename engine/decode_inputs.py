@@ -34,15 +34,15 @@ class _Host:
         self.lora_rows[:] = -1
         self.block_tables[:] = -1
         self.sequences: list[Sequence] = []
-        """Whose rows these are."""
+        """Whose rows these are; one with drafts has a row more for each."""
         self.written: list[tuple[list[int], int]] = []
         """Each one's block table, and how many of its blocks are written here. Those that are do
         not change while the table is the same list."""
 
-    def set_row(self, row: int, sequence: Sequence) -> None:
-        """All of one sequence but its token and its slot."""
-        self.positions[row] = sequence.num_computed_tokens
-        self.context_lens[row] = sequence.num_computed_tokens + 1
+    def set_row(self, row: int, sequence: Sequence, position: int) -> None:
+        """All of one token but itself and its slot."""
+        self.positions[row] = position
+        self.context_lens[row] = position + 1
         self.lora_rows[row] = sequence.lora_row if sequence.request.lora_scale else -1
         self.lora_scales[row] = sequence.request.lora_scale
         self.block_tables[row, : len(sequence.block_table)] = sequence.block_table
@@ -91,22 +91,31 @@ class DecodeInputs:
         """lora_indices int32 [size] and lora_scales float32 [size]."""
         return self._ints[1, :size], self._scales[:size]
 
-    def load(self, sequences: SequenceOf[Sequence], size: int) -> None:
+    def load(self, sequences: SequenceOf[Sequence], size: int) -> int:
         """Copy one decode of each of these sequences to the device, filled up to `size` rows.
 
         Args:
-            sequences: each lacks one token, its last, and has a block for it.
-            size: at least their number.
+            sequences: each lacks one token, its last, and has blocks for it and its drafts.
+            size: at least their number and that of their drafts.
+
+        Returns:
+            Rows that are used.
         """
         host = self._hosts[0]
-        self._bring_up_to_date(host, sequences)
-        num_seqs, block_size = len(sequences), self._block_size
-        for row, sequence in enumerate(sequences):
-            host.tokens[row] = sequence.token_ids[-1]
-        positions = host.positions[:num_seqs]
-        blocks = host.block_tables[np.arange(num_seqs), positions // block_size].astype(np.int64)
+        rows = [
+            (sequence, offset)
+            for sequence in sequences
+            for offset in range(1 + len(sequence.draft_token_ids))
+        ]
+        self._bring_up_to_date(host, rows)
+        num_rows, block_size = len(rows), self._block_size
+        for row, (sequence, offset) in enumerate(rows):
+            drafts = sequence.draft_token_ids
+            host.tokens[row] = drafts[offset - 1] if offset else sequence.token_ids[-1]
+        positions = host.positions[:num_rows]
+        blocks = host.block_tables[np.arange(num_rows), positions // block_size].astype(np.int64)
         assert (blocks >= 0).all(), "a sequence without a block for its next token"
-        host.slots[:num_seqs] = blocks * block_size + positions % block_size
+        host.slots[:num_rows] = blocks * block_size + positions % block_size
         for device, source in (
             (self._long, host.long),
             (self._ints, host.ints),
@@ -114,6 +123,7 @@ class DecodeInputs:
         ):
             device.copy_(source, non_blocking=True)
         self._tables[:size].copy_(host.tables[:size], non_blocking=True)
+        return num_rows
 
     def prepare_next(self) -> None:
         """Turn to the other set, and fill it as if all sequences of this one went on."""
@@ -130,17 +140,19 @@ class DecodeInputs:
         host.positions[:num_seqs] = last.positions[:num_seqs] + 1
         host.context_lens[:num_seqs] = last.context_lens[:num_seqs] + 1
 
-    def _bring_up_to_date(self, host: _Host, sequences: SequenceOf[Sequence]) -> None:
+    def _bring_up_to_date(self, host: _Host, rows: list[tuple[Sequence, int]]) -> None:
         """Correct what differs from what was prepared; all of it where others run."""
-        if host.sequences != list(sequences):
+        sequences = [sequence for sequence, _ in rows]
+        if host.sequences != sequences:
             host.clear_rows(0, max(len(host.sequences), len(sequences)))
-            host.sequences = list(sequences)
+            host.sequences = sequences
             host.written = [([], 0)] * len(sequences)
-        for row, sequence in enumerate(sequences):
+        for row, (sequence, offset) in enumerate(rows):
+            position = sequence.num_computed_tokens + offset
             table, num_blocks = host.written[row]
             if (
                 table is not sequence.block_table
                 or num_blocks != len(table)
-                or host.positions[row] != sequence.num_computed_tokens
+                or host.positions[row] != position
             ):
-                host.set_row(row, sequence)
+                host.set_row(row, sequence, position)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING
@@ -73,6 +73,9 @@ class Engine:
             config.scheduler, self.blocks, lora_pool, num_rows=config.lora.max_loras
         )
         self.adapters = AdapterCommands(lora_pool, self.scheduler.pinned)
+        self.make_room: Callable[[], bool] = lambda: False
+        """Asked when a step finds no memory: has some been given back, so that it may be repeated?
+        """
         self._runner = runner
         self._sampler = sampler
         self._pool = lora_pool
@@ -202,7 +205,12 @@ class Engine:
             raise
         except BaseException as error:  # a request's boundary: only those at fault end
             if isinstance(error, torch.OutOfMemoryError):
+                error.__traceback__ = None  # its frames hold the step's activations
+                has_more = self.make_room()
                 torch.cuda.empty_cache()
+                if has_more and result is None:
+                    self._run(items, deltas)
+                    return
             if len(items) == 1 and not items[0][0].draft_token_ids:
                 if not isinstance(error, RequestError | AdapterError):
                     logger.exception("A forward pass failed.")

@@ -78,7 +78,8 @@ class ModelRunner:
         if self._graphs is not None:
             logits = self._graphs.run(items)
             if logits is not None:
-                return StepResult(logits=logits, sampled=[sequence for sequence, _ in items])
+                sampled = [sequence for sequence, count in items for _ in range(count)]
+                return StepResult(logits=logits, sampled=sampled)
         batch = make_batch(items, block_size=self.block_size, device=self.device)
         lora = self.lora_pool.batch(batch.lora_indices, batch.lora_scales)
         hidden = self.model(batch, self.kv_caches, lora)  # [num_tokens, hidden_size]

@@ -165,13 +165,15 @@ def create_runner(
             rollouts=rollouts,
         )
 
-    return JobRunner(
+    runner = JobRunner(
         make_trainer,
         rollouts,
         source,
         max_stall_s=config.scheduler.train_max_stall_ms / 1e3,
         device=model.device,
     )
+    engine.make_room = runner.make_room
+    return runner
 
 
 def load_base(config: ModelConfig, folder: Path, progress: Progress) -> LoadedModel:
@@ -269,7 +271,7 @@ def _free_for_cache(
     free_bytes = default_cuda_bytes(device, utilization, reserved_bytes)
     means = (
         f"--gpu-memory-utilization {utilization} less weights and {format_bytes(reserved_bytes)} "
-        f"for activations, adapters, graphs and training"
+        f"for activations, adapters (--max-loras), graphs (--enforce-eager) and training"
     )
     return free_bytes, means
 

@@ -15,7 +15,8 @@ from ui.client import Client
 
 MAX_FILES = 100
 MAX_JOBS = 50
-EVENTS_AT_ONCE = 1000
+ALL_EVENTS, NEW_EVENTS = 1000, 50
+"""Asked for at once, at first and at each poll."""
 MAX_HISTORIES = 16
 HAS_ENDED = ("succeeded", "failed", "cancelled")
 
@@ -159,22 +160,32 @@ class Runs:
         self._histories.move_to_end(job_id)
         while len(self._histories) > MAX_HISTORIES:
             self._histories.popitem(last=False)
-        news: list[dict[str, Any]] = []
-        after, has_more = None, True
-        while has_more:
-            params: dict[str, Any] = {"limit": EVENTS_AT_ONCE if history.last_id is None else 50}
-            params |= {} if after is None else {"after": after}
-            path = _path(job_id, "events")
-            reply = await self._client.call("GET", path, visitor, params=params)
-            for event in reply["data"]:
-                if event["id"] == history.last_id:
-                    reply["has_more"] = False
-                    break
-                news.append(event)
-            has_more, after = reply["has_more"], reply.get("last_id")
+        last_id = history.last_id
+        news, is_known = await self._news(job_id, last_id, visitor)
+        if self._histories.get(job_id) is not history or history.last_id != last_id:
+            return self._histories.get(job_id, history)  # another visitor's poll was quicker
+        if not is_known:  # the run has gone back to a checkpoint: what came after it is gone
+            self._histories[job_id] = history = History()
         for event in reversed(news):
             _note(history, event)
         return history
+
+    async def _news(
+        self, job_id: str, last_id: str | None, visitor: Visitor
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """Events after the last one, newest first, and whether that one is still there."""
+        news: list[dict[str, Any]] = []
+        params: dict[str, Any] = {"limit": ALL_EVENTS if last_id is None else NEW_EVENTS}
+        while True:
+            path = _path(job_id, "events")
+            reply = await self._client.call("GET", path, visitor, params=params)
+            for event in reply["data"]:
+                if event["id"] == last_id:
+                    return news, True
+                news.append(event)
+            if not reply["has_more"]:
+                return news, last_id is None
+            params["after"] = reply["last_id"]
 
     async def put_in_place(self, result: str, name: str, visitor: Visitor) -> None:
         """Publish a run's result as the next generation of an adapter."""

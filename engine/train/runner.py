@@ -10,9 +10,10 @@ resumes the job from its last checkpoint.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
-from collections.abc import Callable, Generator, Hashable
+from collections.abc import Callable, Hashable
 from types import GeneratorType
 from typing import Any, Literal, Protocol
 
@@ -30,7 +31,10 @@ from engine.api import (
 from engine.errors import EngineError, NotEnoughMemory
 from engine.lora import LoraWeights
 from engine.lora_source import LoraSource
+from engine.train.checkpoint_keeper import in_thread
+from engine.train.out_of_memory import with_smaller_batches
 from engine.train.rollouts import EngineRollouts
+from engine.train.run import Slices
 from engine.train.stall_budget import StallBudget
 
 logger = logging.getLogger(__name__)
@@ -38,14 +42,15 @@ logger = logging.getLogger(__name__)
 FATAL = (torch.AcceleratorError, KeyboardInterrupt, SystemExit)
 """After these nothing in this process can be trusted or is wanted."""
 
-MANY_LONG_SLICES = 20
-"""So often a slice must have waited for more than one step of the streams before it is told."""
+MANY_LONG_SLICES = 8
+LONG_SHARE = 0.01
+"""More than so many slices, and a larger share of them, must have been too long to be told of."""
 
 
 class Trainer(Protocol):
     """One job as the runner sees it; engine/train/trainer.py, or a fake in tests."""
 
-    def run(self) -> Generator[TrainingEvent | None, None, None]:
+    def run(self) -> Slices[None]:
         """Yields None between slices and events as they happen; the last is a TrainingEnded."""
         ...
 
@@ -93,10 +98,11 @@ class JobRunner:
         self._pace = _Pace(device)
         self._job: TrainingJob | None = None
         self._trainer: Trainer | None = None
-        self._slices: Generator[TrainingEvent | None, None, None] | None = None
+        self._slices: Slices[None] | None = None
         self._said: list[TrainingEvent | StepOutput] = []
         self._max_rollout_tokens = 1
-        self._num_long_slices = 0
+        self._num_slices = self._num_long_slices = 0
+        self._has_told_of_stalls = False
 
     @property
     def is_running(self) -> bool:
@@ -123,7 +129,8 @@ class JobRunner:
             self._said.append(_failed(job, error))
             return
         self._job, self._slices = job, self._trainer.run()
-        self._num_long_slices = 0
+        self._num_slices = self._num_long_slices = 0
+        self._has_told_of_stalls = False
 
     def stop(self, job_id: str, status: Literal["paused", "cancelled"]) -> None:
         """Ask a job to end; one that does not run is ignored, for it has had its last word."""
@@ -141,6 +148,16 @@ class JobRunner:
         """The engine's next step, and what it brings for the clients. The trainer's own requests
         take part where no client has any; else advance() runs them."""
         return self._rollouts.step()
+
+    def make_room(self) -> bool:
+        """Have the trainer give up the micro-batch that it is in the middle of, for a step that
+        finds no memory; whether there was one. It goes on as if its own memory had run out: with
+        smaller ones."""
+        if self._slices is None or not _is_inside(with_smaller_batches, self._slices):
+            return False
+        error = torch.OutOfMemoryError("The streams needed the memory.")
+        self._note(functools.partial(self._slices.throw, error))
+        return True
 
     def close(self) -> None:
         """Abandon the job without a word: another time it goes on from its last checkpoint."""
@@ -171,12 +188,17 @@ class JobRunner:
         while self.has_work and self._slices is not None:
             kind = _suspended_at(self._slices)
             if not self._budget.may_run(kind):
-                self._tell_of_stalls(kind)
                 return
             started_s = self._clock()
             self._slice()
             self._pace.wait()
-            self._budget.pay(kind, self._clock() - started_s)
+            elapsed_s = self._clock() - started_s
+            self._budget.pay(kind, elapsed_s)
+            if self._slices is None:
+                return
+            self._tell_of_stalls(elapsed_s)
+            if _chain(self._slices)[-1].gi_code is in_thread.__code__:
+                return  # data are read or a checkpoint is written: more slices would only wait
 
     def _draw(self, *, has_streams: bool) -> None:
         """Steps of the trainer's own requests, beside clients that have some too."""
@@ -201,9 +223,14 @@ class JobRunner:
 
     def _slice(self) -> None:
         """Run to where the trainer stops next."""
+        assert self._slices is not None
+        self._note(functools.partial(next, self._slices))
+
+    def _note(self, go_on: Callable[[], TrainingEvent | None]) -> None:
+        """Let the trainer go on and keep what it has to say."""
         assert self._slices is not None and self._job is not None
         try:
-            event = next(self._slices)
+            event = go_on()
         except FATAL:
             raise
         except Exception as error:  # the job's boundary
@@ -215,19 +242,19 @@ class JobRunner:
             self._slices.close()
             self._slices = self._job = None  # the trainer stays: its weights may be asked for
 
-    def _tell_of_stalls(self, kind: Hashable) -> None:
+    def _tell_of_stalls(self, elapsed_s: float) -> None:
         """Say once per job that slices are longer than streams are meant to wait."""
-        expected_s = self._budget.expected_s(kind)
-        if expected_s <= self._budget.max_stall_s:
+        self._num_slices += 1
+        self._num_long_slices += elapsed_s > self._budget.max_stall_s
+        is_often = self._num_long_slices > max(MANY_LONG_SLICES, LONG_SHARE * self._num_slices)
+        if not is_often or self._has_told_of_stalls:
             return
-        self._num_long_slices += 1
-        if self._num_long_slices != MANY_LONG_SLICES:
-            return
+        self._has_told_of_stalls = True
         assert self._job is not None
         message = (
-            f"A part of a training step takes {expected_s * 1e3:.0f} ms and cannot be divided; "
+            f"Parts of a training step take {elapsed_s * 1e3:.0f} ms and cannot be divided; "
             f"--train-max-stall-ms is {self._budget.max_stall_s * 1e3:.0f}. Streams wait that long "
-            f"for some of their tokens. A smaller micro_batch_tokens makes it shorter."
+            f"for some of their tokens. A smaller micro_batch_tokens makes them shorter."
         )
         self._said.append(TrainingNote(job_id=self._job.job_id, level="warn", message=message))
 
@@ -269,9 +296,21 @@ class _Pace:
             self._last = event
 
 
-def _suspended_at(slices: Generator[TrainingEvent | None, None, None]) -> Hashable:
+def _suspended_at(slices: Slices[None]) -> Hashable:
     """Where a generator, or the one that it delegates to, goes on: the kind of its next slice."""
-    inner: Any = slices
-    while isinstance(inner.gi_yieldfrom, GeneratorType):
-        inner = inner.gi_yieldfrom
+    inner = _chain(slices)[-1]
     return inner.gi_code, inner.gi_frame and inner.gi_frame.f_lineno
+
+
+def _is_inside(function: Callable[..., Any], slices: Slices[None]) -> bool:
+    """Whether a generator is in the middle of what this function delegates to."""
+    code = function.__code__
+    return any(inner.gi_code is code for inner in _chain(slices)[:-1])
+
+
+def _chain(slices: Slices[None]) -> list[Any]:
+    """A generator, the one that it delegates to, and so on."""
+    chain: list[Any] = [slices]
+    while isinstance(chain[-1].gi_yieldfrom, GeneratorType):
+        chain.append(chain[-1].gi_yieldfrom)
+    return chain

@@ -12,6 +12,8 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from engine.api import (
     AdapterRef,
     TrainingEnded,
@@ -120,6 +122,9 @@ class Trainer:
         yield self._ended(run, "succeeded", str(path))
 
     def _prepare(self) -> tuple[Run, list[str]]:
+        # Autograd's first call imports for a second: here, in a thread, and not in a slice.
+        x = torch.zeros(1, requires_grad=True)
+        torch.autograd.grad(2 * x, x, torch.ones(1))
         return prepare(
             self._job,
             self._model,
@@ -151,8 +156,9 @@ class Trainer:
     ) -> Generator[None, None, Answers]:
         """Have prompts answered by the policy as it is; gives up as soon as the job is stopped."""
         assert self._rollouts is not None and self._job.reward_adapter is not None
+        policy = yield from in_thread(run.weights)
         slices = self._rollouts.draw(
-            run.weights(),
+            policy,
             prompts,
             config=run.config,
             reward_adapter=self._job.reward_adapter,

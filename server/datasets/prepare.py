@@ -6,6 +6,7 @@ Formats  server/datasets/formats.py recognises them, docs/training-data.md lists
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from engine.train.config import Method
 from engine.train.token_dataset import METHOD_KIND, Kind, TokenDataset, make_dataset
 from server.chat_template import ChatTemplate
 from server.datasets.formats import Format, other_than, recognise, unknown
-from server.datasets.problems import BadRecord, ProblemList
+from server.datasets.problems import BadRecord, ProblemList, printable
 from server.datasets.reading import Record, read_records
 from server.datasets.samples import Chat, Pair, Sample
 from server.datasets.sequences import Notes, sequences_of
@@ -25,6 +26,8 @@ from server.datasets.turns import unlike_prompts
 from server.tokenizer import Tokenizer
 
 FEW_SAMPLES = 10
+MANY_FIELDS = 10
+"""Names of fields that a warning lists."""
 METHODS_FOR: dict[Kind, str] = {
     kind: " or ".join(method for method, its_kind in METHOD_KIND.items() if its_kind == kind)
     for kind in METHOD_KIND.values()
@@ -137,6 +140,7 @@ def _sequences(
     """Sequences of all samples, as long as there is no problem; then reading goes on to find the
     others."""
     for line, record in records:
+        time.sleep(0)  # the thread of a server's event loop need not wait for its turn
         try:
             samples = _samples(record, reading)
             assert reading.format is not None
@@ -167,7 +171,8 @@ def _samples(record: Record, reading: _Reading) -> Sequence[Sample]:
     reading.format = form
     if not form.matches(given):
         raise other_than(form, given, reading.kind)
-    reading.unused |= given.keys() - {*form.needs, *form.may_have}
+    if len(reading.unused) <= MANY_FIELDS:
+        reading.unused |= given.keys() - {*form.needs, *form.may_have}
     found = form.read(given)
     return found if isinstance(found, Sequence) else [found]
 
@@ -193,9 +198,9 @@ def _misfit(form: Format, sample: Sample, model: ServedModel, method: Method) ->
 
 def _warnings(reading: _Reading) -> Iterator[str]:
     if reading.unused:
-        names = sorted(name[:40] for name in reading.unused)
-        more = " …" if len(names) > 10 else ""
-        yield f"fields without a meaning here, not used: {', '.join(names[:10])}{more}"
+        names = sorted(printable(name[:40]) for name in reading.unused)
+        more = " …" if len(names) > MANY_FIELDS else ""
+        yield f"fields without a meaning here, not used: {', '.join(names[:MANY_FIELDS])}{more}"
     if reading.num_samples < FEW_SAMPLES:
         yield f"only {reading.num_samples} samples; a model learns little from so few"
     for note, count in reading.notes.items():

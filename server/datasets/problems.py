@@ -9,6 +9,8 @@ from engine.errors import EngineError
 
 MAX_SHOWN = 50
 """Problems kept in full; the others are counted."""
+MAX_CHARS = 1000
+"""Of one message: it may quote the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +61,7 @@ class ProblemList:
     def add(self, message: str, line: int | None = None) -> None:
         self.num_problems += 1
         if len(self.problems) < MAX_SHOWN:
-            self.problems.append(Problem(message=message, line=line))
+            self.problems.append(Problem(message=printable(message), line=line))
 
     def raise_if_any(self) -> None:
         """Raises:
@@ -67,6 +69,15 @@ class ProblemList:
         """
         if self.num_problems:
             raise DatasetErrors(self.file, tuple(self.problems), self.num_problems)
+
+
+def printable(text: str) -> str:
+    """A text on one line that terminals, databases and JSON libraries take: what a file holds may
+    have line breaks, NUL or half a surrogate pair."""
+    shown = text if len(text) <= MAX_CHARS else text[: MAX_CHARS - 1] + "…"
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown
+    )
 
 
 class BadRecord(ValueError):

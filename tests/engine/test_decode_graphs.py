@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine.batch import make_batch
+from engine.cuda_graphs import CudaGraphBackend
 from engine.decode_graphs import SETTLED_STEPS
 from engine.decode_inputs import DecodeInputs
 from tests.engine.fakes import FakeEngine, adapter
@@ -148,6 +149,19 @@ def test_a_device_that_is_lost_while_recording_is_not_survived():
         fake.run()
 
 
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_what_cuda_cannot_record_is_told_from_a_lost_device(monkeypatch, is_lost):
+    def fail(*_: object) -> None:
+        raise torch.AcceleratorError("operation not permitted when stream is capturing")
+
+    backend = CudaGraphBackend(torch.device("cuda"))
+    monkeypatch.setattr(backend, "_capture", fail)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail if is_lost else lambda _: None)
+    with pytest.raises(RuntimeError, match="not permitted") as raised:
+        backend.capture(lambda: None)
+    assert isinstance(raised.value, torch.AcceleratorError) == is_lost
+
+
 def test_recordings_that_take_more_than_is_kept_for_them_are_the_last():
     backend = Recorder(bytes_each=600)
     fake = FakeEngine(graph_backend=backend, num_blocks=256)
@@ -215,20 +229,25 @@ def inputs() -> DecodeInputs:
 
 def assert_holds(made: DecodeInputs, sequences: list, size: int) -> None:
     """The static tensors hold what make_batch gives, then rows of nobody."""
-    batch, num_seqs = made.batch(size), len(sequences)
+    batch = made.batch(size)
     lora_indices, lora_scales = made.lora(size)
-    expected = make_batch([(one, 1) for one in sequences], block_size=4, device=torch.device("cpu"))
-    for name in ("input_ids", "positions", "context_lens", "slot_mapping"):
+    items = [(one, 1 + len(one.draft_token_ids)) for one in sequences]
+    expected = make_batch(items, block_size=4, device=torch.device("cpu"))
+    num_rows = len(expected.input_ids)
+    for name in ("input_ids", "positions", "slot_mapping"):
         found = getattr(batch, name)
         assert found.dtype == getattr(expected, name).dtype
-        assert found[:num_seqs].tolist() == getattr(expected, name).tolist(), name
+        assert found[:num_rows].tolist() == getattr(expected, name).tolist(), name
+    assert batch.context_lens.dtype == expected.context_lens.dtype
+    assert batch.context_lens[:num_rows].tolist() == (expected.positions + 1).tolist()
     assert batch.cu_seqlens_q.tolist() == list(range(size + 1))
-    width = expected.block_tables.shape[1]
-    assert batch.block_tables[:num_seqs, :width].tolist() == expected.block_tables.tolist()
-    assert lora_indices[:num_seqs].tolist() == expected.lora_indices
-    assert lora_scales[:num_seqs].tolist() == expected.lora_scales
-    assert batch.context_lens[num_seqs:].eq(0).all() and batch.slot_mapping[num_seqs:].eq(-1).all()
-    assert lora_indices[num_seqs:].eq(-1).all() and batch.block_tables[num_seqs:].eq(-1).all()
+    tables = [one.block_table for one, count in items for _ in range(count)]
+    for row, table in enumerate(tables):
+        assert batch.block_tables[row, : len(table)].tolist() == table
+    assert lora_indices[:num_rows].tolist() == expected.lora_indices
+    assert lora_scales[:num_rows].tolist() == expected.lora_scales
+    assert batch.context_lens[num_rows:].eq(0).all() and batch.slot_mapping[num_rows:].eq(-1).all()
+    assert lora_indices[num_rows:].eq(-1).all() and batch.block_tables[num_rows:].eq(-1).all()
 
 
 def test_static_tensors_hold_the_step_and_stay_where_they_are():
@@ -240,6 +259,41 @@ def test_static_tensors_hold_the_step_and_stay_where_they_are():
     made.load(many[:1], 2)
     assert_holds(made, many[:1], 2)
     assert [made.batch(4).input_ids.data_ptr(), made.batch(4).block_tables.data_ptr()] == places
+
+
+def test_guessed_tokens_are_rows_that_see_what_stands_before_them():
+    made = inputs()
+    guessing, other = decoding(6, [1, 0, 4], lora_row=1), decoding(3, [5])
+    made.load([guessing, other], 4)
+    made.prepare_next()
+    guessing.draft_token_ids = [11, 12, 13]
+    assert made.load([guessing, other], 8) == 5
+    assert_holds(made, [guessing, other], 8)
+    made.prepare_next()
+    guessing.draft_token_ids = []
+    assert made.load([guessing, other], 2) == 2
+    assert_holds(made, [guessing, other], 2)
+
+
+def test_guessing_is_recorded_too():
+    plain, fake, backend = both(speculative_config=CONFIG)
+    for engine in (plain, fake):
+        engine.model.originality = 0.05
+        engine.add("a", [5, 6, 7, 8] * 3, max_tokens=90)
+        engine.run()
+    assert said(fake, "a") == said(plain, "a")
+    assert fake.stats.num_accepted_tokens > 40 and backend.num_replayed > 10
+    assert len(fake.deltas["a"]) == len(plain.deltas["a"])
+
+
+def test_one_token_of_a_text_that_is_recomputed_is_no_decode():
+    graphs = FakeEngine(graph_backend=Recorder()).graphs
+    own = decoding(6, [1, 0])
+    own.append(7)
+    own.num_computed_tokens = 6
+    assert graphs._size_for([(own, 1)]) == 1
+    own.num_computed_tokens = 3  # a preempted sequence, in a step with room for one token
+    assert graphs._size_for([(own, 1)]) is None
 
 
 def test_what_was_prepared_is_completed_and_what_has_changed_is_corrected():

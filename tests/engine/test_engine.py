@@ -532,3 +532,28 @@ def test_every_request_ends_in_exactly_one_final_delta_whatever_happens(seed):
         assert text == expected_text(prompt, len(text), salt)
     assert fake.stats.num_running == fake.stats.num_waiting == 0
     assert fake.stats.kv_cache_usage == 0
+
+
+def test_a_step_without_memory_is_repeated_when_room_has_been_made():
+    fake = FakeEngine()
+    fake.add("a", max_tokens=4)
+    fake.step()
+    call = type(fake.model).__call__
+    num_asked = 0
+
+    class Full(type(fake.model)):
+        def __call__(self, *args):
+            if num_asked == 0:
+                raise torch.OutOfMemoryError("no room")
+            return call(self, *args)
+
+    def make_room() -> bool:
+        nonlocal num_asked
+        num_asked += 1
+        return num_asked == 1
+
+    fake.model.__class__ = Full
+    fake.engine.make_room = make_room
+    fake.run()
+    assert num_asked == 1
+    assert fake.text("a") == expected_text([5, 6, 7], 4)

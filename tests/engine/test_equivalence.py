@@ -45,7 +45,12 @@ def models(tmp_path_factory):
 
 def make_engine(folder: Path, **flags) -> Engine:
     """An engine on the CPU; flags of the scheduler and the cache by name."""
-    scheduler = {"max_num_seqs": 20, "max_num_batched_tokens": 256, "speculative_config": None}
+    scheduler = {
+        "max_num_seqs": 20,
+        "max_num_batched_tokens": 256,
+        "speculative_config": None,
+        "enforce_eager": False,
+    }
     cache: dict[str, object] = {"block_size": 4}
     max_loras = flags.pop("max_loras", 2)
     model = {"quantization": "none", **flags.pop("model", {})}
@@ -354,21 +359,23 @@ def test_guessed_tokens_follow_a_real_grammar(models):
     assert engine.scheduler.speculation.num_accepted_tokens > 10
 
 
-def test_recorded_decode_steps_say_what_others_say(models):
+@pytest.mark.parametrize("guessing", [False, True], ids=["plain", "guessing"])
+def test_recorded_decode_steps_say_what_others_say(models, guessing):
     """The real model, pool and attention; a backend that records on the CPU."""
     folder, _ = models["llama"]
     refs = [AdapterRef(uid=uid, generation=1, name=f"a{uid}", path="") for uid in (1, 2)]
     choices = [(None, 1.0), (refs[0], 1.0), (refs[1], 0.5), (refs[1], 0.0)]
     asked = [request(n, 20 + n, *choices[n % 4], logprobs=1) for n in range(7)]
     plain = run(make_engine(folder), asked)
-    engine = make_engine(folder)
+    config = '{"num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}'
+    engine = make_engine(folder, speculative_config=config if guessing else None)
     runner, backend = engine._runner, Recorder()
     runner._graphs = DecodeGraphs(
         runner.model,
         runner.kv_caches,
         runner.lora_pool,
         backend,
-        sizes=(1, 2, 4, 8),
+        sizes=(1, 2, 4, 8, 32),
         block_size=4,
         max_num_blocks=64,
         device=torch.device("cpu"),
@@ -376,5 +383,23 @@ def test_recorded_decode_steps_say_what_others_say(models):
     found = run(engine, asked)
     assert texts(found) == texts(plain)
     for name, deltas in plain.items():
-        assert [d.logprobs for d in deltas] == [d.logprobs for d in found[name]]
+        expected = [entry for d in deltas for entry in d.logprobs]
+        assert [entry for d in found[name] for entry in d.logprobs] == expected
     assert backend.num_replayed > 10
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("model", [{}, AS_SERVED], ids=["float32", "nf4-bfloat16"])
+def test_recorded_steps_of_a_gpu_give_the_bits_of_eager_ones(models, model):
+    folder, _ = models["llama"]
+    refs = [AdapterRef(uid=uid, generation=1, name=f"a{uid}", path="") for uid in (1, 2)]
+    asked = [request(n, 40 + n, adapter=(None, *refs)[n % 3], logprobs=1) for n in range(7)]
+    found = []
+    for enforce_eager in (True, False):
+        flags = {"model": {**model, "device": "cuda"}, "enforce_eager": enforce_eager}
+        engine = make_engine(folder, **flags)
+        deltas = run(engine, asked)
+        found.append({name: [d.logprobs for d in answer] for name, answer in deltas.items()})
+    assert engine._runner._graphs._replays, "nothing was recorded"
+    assert found[0] == found[1]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from engine.config import EngineConfig, LoraConfig, SchedulerConfig
+from engine import startup
+from engine.config import CacheConfig, EngineConfig, LoraConfig, SchedulerConfig
 from engine.errors import NotEnoughMemory
 from engine.lora_rows import DeviceRows
 from engine.memory import quantized_bytes
@@ -186,6 +189,23 @@ def test_graph_sizes_reach_the_most_sequences_and_no_further(max_num_seqs):
     assert sizes[0] == 1 and sizes[-1] == max_num_seqs
     assert list(sizes) == sorted(set(sizes))
     assert len(sizes) <= 20
+
+
+def test_the_engine_keeps_room_on_a_gpu_for_what_comes_later(monkeypatch):
+    monkeypatch.setattr(startup, "measure_activation_bytes", lambda *_, **__: 1000)
+    spec = llama("7b")
+    loaded = SimpleNamespace(model=SimpleNamespace(dtype=HALF), spec=spec)
+    config = EngineConfig(
+        cache=CacheConfig(training_memory_bytes=77),
+        lora=LoraConfig(max_loras=2, max_lora_rank=8),
+    )
+    assert startup._reserves(config, loaded, torch.device("cuda"), HALF, 2048) == {
+        "activations": 1000,
+        "adapters": 2 * adapter_bytes(spec, 8, HALF),
+        "graphs": graph_reserve(spec, config, HALF),
+        "training": 77,
+    }
+    assert startup._reserves(config, loaded, torch.device("cpu"), HALF, 2048) == {}
 
 
 class Packed:

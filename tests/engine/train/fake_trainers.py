@@ -97,11 +97,20 @@ class ScriptedTrainer:
 class Runner:
     """A JobRunner over a fake engine; keeps the trainers that it made."""
 
-    def __init__(self, fake: FakeEngine | None = None, *, max_stall_s=0.05, clock=None, **script):
+    def __init__(
+        self,
+        fake: FakeEngine | None = None,
+        *,
+        max_stall_s=0.05,
+        clock=None,
+        trainer_class=ScriptedTrainer,
+        **script,
+    ):
         self.fake = fake or FakeEngine()
         self.clock = clock or FakeClock()
         self.script = {"clock": self.clock, **script}
         self.trainers = []
+        self._trainer_class = trainer_class
         self.read = []
         self.source = LoraSource(self.read.append)
         self.rollouts = EngineRollouts(self.fake.engine, self.source)
@@ -115,7 +124,7 @@ class Runner:
         )
 
     def _make(self, job):
-        self.trainers.append(ScriptedTrainer(job, **self.script))
+        self.trainers.append(self._trainer_class(job, **self.script))
         return self.trainers[-1]
 
     def run_idle(self, max_slices=1000):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -15,7 +17,8 @@ from engine.api import (
     TrainingStarted,
 )
 from engine.errors import EngineError
-from tests.engine.train.fake_trainers import Runner, job
+from engine.train.checkpoint_keeper import in_thread
+from tests.engine.train.fake_trainers import Runner, ScriptedTrainer, job
 
 REF = AdapterRef(uid=1, generation=1, name="tuned", path="/copy")
 
@@ -128,6 +131,22 @@ def test_a_trainer_that_waits_for_the_engine_is_left_alone():
     assert runner.run_idle()[-1].status == "succeeded"
 
 
+def test_streams_do_not_wait_for_what_a_thread_does():
+    gate = threading.Event()
+
+    class Preparing(ScriptedTrainer):
+        def run(self):
+            yield from in_thread(lambda: gate.wait(60))
+            yield from super().run()
+
+    runner = Runner(trainer_class=Preparing)  # its clock stands: slices cost nothing
+    runner.runner.start(job())
+    for _ in range(3):
+        assert runner.runner.advance(has_streams=True) == []
+    gate.set()
+    assert runner.run_idle()[-1].status == "succeeded"
+
+
 def test_closing_abandons_the_job_without_a_word():
     runner = Runner()
     runner.runner.start(job())
@@ -166,3 +185,16 @@ def test_weights_for_one_load_are_read_from_disk_when_loaded_again():
     assert publish(runner, events[-2].path) == 1.0
     runner.source(REF)
     assert runner.read == [REF]
+
+
+def test_a_single_long_slice_is_not_worth_a_note():
+    runner = Runner(num_steps=200, forward_s=0.01, backward_s=0.01)
+    runner.runner.start(job())
+    runner.runner.advance(has_streams=True)
+    runner.trainers[0].forward_s = 1.0
+    events = runner.runner.advance(has_streams=True)
+    runner.trainers[0].forward_s = 0.01
+    for _ in range(100):
+        events += runner.runner.advance(has_streams=True)
+    assert not [event for event in events if isinstance(event, TrainingNote)]
+    assert len([event for event in events if isinstance(event, TrainingProgress)]) > 100

@@ -28,6 +28,7 @@ from engine.api import (
     TrainingEnded,
     TrainingEvent,
     TrainingJob,
+    TrainingNote,
     TrainingProgress,
 )
 from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
@@ -35,6 +36,8 @@ from engine.lora import LoraWeights
 from engine.lora_source import LoraSource
 from engine.startup import create_engine, create_runner
 from engine.train.config import TrainConfig
+from engine.train.out_of_memory import with_smaller_batches
+from engine.train.runner import _is_inside
 from engine.train.token_dataset import make_dataset, save_dataset
 from engine.worker import serve
 from tests.engine.tiny_models import save_model
@@ -303,3 +306,28 @@ def test_an_idle_worker_rests_after_a_job_and_before_one(worker, tmp_path):
     started_s = time.process_time()
     time.sleep(0.5)
     assert time.process_time() - started_s < 0.2
+
+
+def test_training_gives_its_memory_to_a_step_that_finds_none(worker, tmp_path):
+    call, failed = worker.engine.model.forward, []
+
+    def forward(*args):
+        if not failed and _is_inside(with_smaller_batches, worker.runner._slices):
+            failed.append(1)
+            raise torch.OutOfMemoryError("no room")
+        return call(*args)
+
+    worker.conn.send(StartTraining(job=make_job(tmp_path / "job", max_steps=100_000)))
+    worker.until(lambda item: isinstance(item, TrainingProgress))
+    worker.engine.model.forward = forward
+    try:
+        worker.conn.send(request("r0"))
+        messages = worker.until(is_end_of("r0"))
+    finally:
+        worker.engine.model.forward = call
+    assert failed and len(tokens_of(messages, "r0")) == 40
+    worker.conn.send(StopTraining(job_id="job", status="cancelled"))
+    messages += worker.until(lambda item: isinstance(item, TrainingEnded))
+    notes = [item.message for item in messages if isinstance(item, TrainingNote)]
+    assert any("Memory ran out" in note for note in notes)
+    assert messages[-1].status == "cancelled"

@@ -99,7 +99,8 @@ def outcome(path, method, name):
         )
     except DatasetErrors as errors:
         assert errors.num_problems >= len(errors.problems) >= 1
-        json.dumps(errors.as_dict())
+        json.dumps(errors.as_dict(), ensure_ascii=False).encode()
+        assert all(problem.message.isprintable() for problem in errors.problems)
         return errors
 
 

@@ -418,3 +418,19 @@ def test_no_sequence_is_kept_once_a_problem_is_known(run, monkeypatch):
     with pytest.raises(DatasetErrors):
         run([{"messages": [HI, YO]}, {"x": 1}, {"messages": [HI, YO]}])
     assert len(kept) == 1
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\0b", "a\nb", "x" * 100_000])
+def test_messages_are_one_line_that_can_be_written_anywhere(run, problems, name):
+    ((_, message),) = problems([{"messages": [{**HI, name: 1}, YO]}])
+    prepared = run([{"messages": [HI, YO], name: 1}])
+    for text in (message, *prepared.warnings):
+        assert text.isprintable()
+        assert len(text) <= 1000
+        text.encode()
+
+
+def test_a_warning_lists_some_of_many_unused_fields(run):
+    records = [{"text": "x" * 20, f"field-{index}": 1} for index in range(1000)]
+    (warning, *_) = run(records).warnings
+    assert warning.endswith(" …") and warning.count("field-") == 10

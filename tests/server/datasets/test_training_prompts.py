@@ -16,6 +16,8 @@ from server.datasets.sequences import SPLIT, Notes, sequences_of
 from server.datasets.served_model import template_input
 from server.datasets.training_template import SAVED_GUANACO, WITHOUT_TEMPLATE, training_template
 from server.datasets.turns import scored_conversation
+from server.scoring import conversation_tokens
+from server.state import Lease
 from tests.server.datasets.served_models import (
     TEMPLATES,
     TOKENIZERS,
@@ -24,8 +26,10 @@ from tests.server.datasets.served_models import (
     published_template,
     served_chat_prompt,
     served_prompt,
+    server_state,
     template,
 )
+from tests.server.fake_engine import add_adapter
 
 FEW = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 letters = st.sampled_from("abeo. ,!?\n'\"<>|#:{}019 éß日🦙")
@@ -282,8 +286,10 @@ def test_a_conversation_is_scored_as_the_reward_adapter_was_trained(tokenizer, n
     chosen = read_chat({"messages": TWO_TURNS})
     rejected = read_chat({"messages": [*TWO_TURNS[:3], {"role": "assistant", "content": "No."}]})
     trained, _ = sequences_of(model, Pair(chosen=chosen, rejected=rejected), "preference", Notes())
-    given = template_input(model.template, chosen.messages, ())
-    assert scored_conversation(model, given) == trained[0]
+    state = server_state(model)
+    add_adapter(state, "judge", has_score_head=True)
+    lease = Lease(state, 1, state.registry.resolve("judge"), None)
+    assert conversation_tokens(chosen.messages, state, lease) == trained[0]
 
 
 def test_a_conversation_without_an_answer_is_scored_as_it_is(tokenizer):
