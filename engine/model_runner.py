@@ -202,9 +202,9 @@ def measure_activation_bytes(
         # All share the same blocks: what they hold does not matter here.
         items = []
         num_decodes = min(num_seqs, num_tokens) - 1
-        table = [0] * -(-max_model_len // block_size)
+        tokens, table = [0] * max_model_len, [0] * -(-max_model_len // block_size)
         for _ in range(num_decodes):
-            items.append((_profiled([0] * max_model_len, max_model_len - 1, table), 1))
+            items.append((_profiled(tokens, max_model_len - 1, table), 1))
         table = list(range(blocks_per_seq))
         for start in range(num_decodes, num_tokens, longest):
             length = min(longest, num_tokens - start)
