@@ -178,8 +178,10 @@ def check_self_tests(device: torch.device) -> list[dict[str, Any]]:
     eye = torch.eye(64, 1024, device=device).half()
     actual = decode.run(eye, [weight], [None]).T  # [64, 64], a weight each
     expected = exact(weight, torch.float16)[:, :64].half()
-    worst = (actual.float() - expected.float()).abs().max().item()
-    results.append({"operation": "every byte by identity", "problem": worst or None})
+    # Products may be rounded twice on their way to 16 bits; neighbouring codes are far apart.
+    is_off = (actual.float() - expected.float()).abs() > 2**-10 * expected.float().abs()
+    problem = f"{int(is_off.sum())} weights are wrong" if is_off.any() else None
+    results.append({"operation": "every byte by identity", "problem": problem})
     return results
 
 

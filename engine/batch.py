@@ -101,6 +101,6 @@ def _to(values: np.ndarray, device: torch.device) -> torch.Tensor:
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the CPU on the device, without waiting for what runs there."""
-    if device.type == "cuda":
+    if device.type == "cuda" and tensor.numel():
         return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor
+    return tensor.to(device)
