@@ -171,8 +171,8 @@ def test_a_slice_is_half_a_layer_and_holds_no_state_of_the_thread(model):
             assert stop.value == expected[0]
             break
         num_slices += 1
-    # Each layer: two halves forward, two again, two back; the head, and the turn.
-    assert num_slices == 6 * model.spec.num_layers + 2
+    # Each layer: two halves forward, two again, two back; the head there and back, and the turn.
+    assert num_slices == 6 * model.spec.num_layers + 3
     assert torch.equal(flat_grads(adapter), grads)
 
 
@@ -182,7 +182,7 @@ def test_layers_below_the_lowest_adapted_one_are_not_run_again(model):
     running = forward_backward(
         model, adapter, batch, SUPERVISED, denominator=1.0, seed=0, kept_bytes=0
     )
-    assert sum(1 for _ in running) == 2 * model.spec.num_layers + 4 + 2
+    assert sum(1 for _ in running) == 2 * model.spec.num_layers + 4 + 3
     assert [group.name for group in adapter.groups] == ["layers.1"]
 
 
