@@ -16,8 +16,9 @@ from engine.model import CausalLM
 from engine.train.projection import base_projection, projection_backward
 from kernels.label_logps import label_logps
 
-LOGITS_BYTES = 32 << 20
-"""Of one chunk's logits, counted as float32."""
+LOGITS_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
+"""Of one chunk's logits, counted as float32: enough to keep the device busy. A chunk is a slice, so
+on a CPU it should be short."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,11 +49,12 @@ def run_head(
         temperature:  logits are divided by it.
         coefficients: float32 [n], the loss's slope at each log-probability.
     """
-    num_rows = max(1, LOGITS_BYTES // (4 * model.spec.vocab_size))
+    num_rows = max(1, LOGITS_BYTES[hidden.device.type] // (4 * model.spec.vocab_size))
     logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     is_correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
     grad = None if coefficients is None else torch.empty_like(hidden)
     for start in range(0, len(hidden), num_rows):
+        yield  # before, not after: a slice of the layers ends here
         rows = slice(start, start + num_rows)
         with torch.no_grad():
             logits = base_projection(hidden[rows], model.lm_head)
@@ -60,5 +62,4 @@ def run_head(
             logps[rows], is_correct[rows] = label_logps(logits, labels[rows], slopes, temperature)
             if grad is not None:  # the logits have become their own gradient
                 grad[rows] = projection_backward(logits, model.lm_head)
-        yield
     return HeadResult(logps, is_correct, grad)

@@ -15,6 +15,7 @@ from engine.train.batch import TokenBatch
 from engine.train.packed_attention import PackedLayout, pack, packed_attention
 from engine.train.pointwise import apply_rotary, rms_norm, silu_and_mul
 from engine.train.projection import project
+from engine.train.short_attention import MAX_LENGTH
 from engine.train.updates import Updates
 
 
@@ -70,4 +71,8 @@ def activation_bytes(model: CausalLM, batch: TokenBatch, updates: Updates) -> in
     per_token = inputs + 4 * spec.hidden_size + 5 * q_size + 2 * spec.intermediate_size
     if updates.dropout:
         per_token += inputs  # the masks
-    return batch.num_tokens * per_token * model.dtype.itemsize
+    numel = batch.num_tokens * per_token
+    if batch.input_ids.device.type == "cpu":  # short_attention's probabilities
+        squares = sum(length**2 for length in batch.lengths if length <= MAX_LENGTH)
+        numel += spec.num_heads * squares
+    return numel * model.dtype.itemsize

