@@ -149,8 +149,7 @@ async def publish(
         await asyncio.to_thread(add_template, shop.folder.job(job.id), path)
         await shop.adapters.publish_trained(job.model_name, path)
     except (EngineError, OSError) as error:
-        is_unusable = isinstance(error, AdapterError) and not isinstance(error.__cause__, OSError)
-        if is_unusable:
+        if isinstance(error, AdapterError) and not isinstance(error.__cause__, OSError):
             await shop.adapters.withdraw(job.model_name)
             return error.info()
         # The worker has just died, or there is no room for the server's own copy.

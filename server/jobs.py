@@ -186,8 +186,8 @@ class Jobs:
         return await self.get(job_id)
 
     async def forget_model(self, name: str) -> None:
-        """Delete a fine-tuned model, or the model that a checkpoint is, for good. A job that has not
-        ended keeps the files of its checkpoints: it may have to go on from one."""
+        """Delete a fine-tuned model, or the model that a checkpoint is, for good. The files of a
+        checkpoint stay while its job has not ended: it may have to go on from there."""
 
         def work(connection: sa.Connection) -> list[str | None]:
             result = sa.select(jobs.c.path).where(jobs.c.model_name == name)

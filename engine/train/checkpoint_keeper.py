@@ -98,10 +98,15 @@ class CheckpointKeeper:
             return
         self.saved_step = state.step
         self._remember(run, str(path), weights)
-        yield TrainingCheckpoint(
+        yield self.event(run)
+
+    def event(self, run: Run) -> TrainingCheckpoint:
+        """What is told of the checkpoint of the step at which the run stands."""
+        state = run.state
+        return TrainingCheckpoint(
             job_id=run.job.job_id,
             step=state.step,
-            path=str(path),
+            path=str(checkpoint_path(self._folder, state.step)),
             metrics=state.metrics,
             is_best=state.best_step == state.step,
         )

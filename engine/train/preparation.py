@@ -72,7 +72,7 @@ def prepare(
         validation=validation,
         adapter=adapter,
         optimizer=AdamW(adapter.groups, config),
-        objective=make_objective(config, reference),
+        objective=make_objective(config, reference, model.device),
         state=TrainerState(
             config=config,
             base_fingerprint=base_fingerprint,

@@ -110,6 +110,8 @@ class Trainer:
         )
         for note in notes:
             yield run.note("info", note)
+        if run.state.step:
+            yield self._keeper.event(run)  # who was killed meanwhile may not have heard of it
         try:
             yield from self._loop(run)
             path = yield from self._keeper.publish(run, self._check_stop)

@@ -423,7 +423,8 @@ async def test_training_goes_on_after_the_workers_death_without_a_step_twice():
         lives.append(job)
         if len(lives) == 1:
             return [started(job), progress(job, 1), checkpoint(job, 1), progress(job, 2), died(job)]
-        return [started(job, step=1), *[progress(job, n) for n in (2, 3, 4)], succeeded(job)]
+        again = [started(job, step=1), checkpoint(job, 1)]
+        return [*again, *[progress(job, n) for n in (2, 3, 4)], succeeded(job)]
 
     async with herd(training_engine(train)) as h:
         job = await create(h.client)
@@ -432,7 +433,9 @@ async def test_training_goes_on_after_the_workers_death_without_a_step_twice():
         events = (await h.client.fine_tuning.jobs.list_events(job.id, limit=100)).data
         steps = [event.data["step"] for event in events if event.type == "metrics"]
         assert steps == [4, 3, 2, 1]
-        assert "Training goes on from step 1 of 4" in [event.message for event in events]
+        messages = [event.message for event in events]
+        assert "Training goes on from step 1 of 4" in messages
+        assert sum(message.startswith("Checkpoint created") for message in messages) == 1
 
 
 async def test_a_job_that_kills_every_worker_fails():

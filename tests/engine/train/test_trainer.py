@@ -5,7 +5,8 @@ import torch
 
 from engine.api import TrainingCheckpoint, TrainingProgress, TrainingStarted
 from engine.errors import EngineError, NotEnoughMemory, RequestError
-from engine.train import accumulation, evaluation
+from engine.train import accumulation, evaluation, preparation
+from engine.train.objectives import make_objective
 from engine.train.out_of_memory import is_out_of_memory
 from engine.train.token_dataset import make_dataset, save_dataset
 from tests.engine.tiny_models import save_model
@@ -95,6 +96,7 @@ def test_a_job_that_was_cut_off_ends_with_the_same_bits(tmp_path, model, optimiz
     events = run_job(job, model)
     assert events[0].step == 4
     assert "Going on from checkpoint-4" in notes(events)
+    assert checkpoint_steps(events) == [4, 6]  # the first may not have been heard of
     assert same_adapter(tmp_path / "whole" / "final", tmp_path / "cut" / "final")
     assert ended(events).trained_tokens == ended(whole).trained_tokens
     assert losses(events) == losses(whole)[4:]
@@ -245,6 +247,18 @@ def test_preferences_are_learnt(tmp_path, model, method):
     progress = of(events, TrainingProgress)
     assert metric(progress[-1], "train_loss") < 0.5 * metric(progress[0], "train_loss")
     assert {"valid_loss"} <= dict(progress[-1].metrics).keys()
+
+
+def test_a_frozen_reference_is_where_the_model_is(tmp_path, model, monkeypatch):
+    devices = []
+
+    def noted(config, reference, device):
+        devices.append(device)
+        return make_objective(config, reference, device)
+
+    monkeypatch.setattr(preparation, "make_objective", noted)
+    run_job(make_job(tmp_path / "job", kind="preference", method="dpo", max_steps=1), model)
+    assert devices == [model.device]
 
 
 # What goes wrong.
