@@ -28,7 +28,8 @@ class TrainConfig:
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) (arXiv:2312.03732)."""
     dropout: float | None = None
-    """Dropout on the updates' input; by default 0.1 up to 13B parameters, 0.05 above."""
+    """Dropout on the updates' input; by default 0.1 up to 13B parameters, 0.05 above, and none for
+    dpo and grpo."""
     target_modules: tuple[str, ...] = ()
     """Linear layer to adapt, the last parts of its name (q_proj, mlp.up_proj) or a regular
     expression for its whole name; may be repeated. All linear layers by default."""

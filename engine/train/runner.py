@@ -241,6 +241,7 @@ class JobRunner:
         if isinstance(event, TrainingEnded):
             self._slices.close()
             self._slices = self._job = None  # the trainer stays: its weights may be asked for
+            torch.cuda.empty_cache()  # what the job held, for the streams
 
     def _tell_of_stalls(self, elapsed_s: float) -> None:
         """Say once per job that slices are longer than streams are meant to wait."""
@@ -262,7 +263,6 @@ class JobRunner:
 def _failed(job: TrainingJob, error: Exception) -> TrainingEnded:
     """The last word on a job that has raised."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        torch.cuda.empty_cache()  # what it held, for the streams
         error = NotEnoughMemory(f"Training ran out of memory: {error}")
     if isinstance(error, EngineError):
         info = error.info()

@@ -6,11 +6,13 @@ import io
 import shutil
 import sqlite3
 import time
+from pathlib import Path
 
 import openai
 import pytest
 
 from engine.api import ErrorInfo, TrainingEnded
+from engine.errors import AdapterError
 from server.datasets.problems import DatasetErrors, Problem
 from tests.server.fake_engine import add_adapter
 from tests.server.job_fixtures import (
@@ -252,7 +254,11 @@ async def test_a_job_that_cannot_be_is_refused(fields, param):
         ("supervised", {"rank": 0}, "rank", "positive"),
         ("supervised", {"rank": "8"}, "rank", "valid integer"),
         ("supervised", {"rank": 8.5}, "rank", "valid integer"),
-        ("supervised", {"n_epochs": 0}, "n_epochs", "positive"),
+        ("supervised", {"n_epochs": 0}, "n_epochs", "n_epochs: expected a positive"),
+        ("supervised", {"target_modules": ["magic_proj"]}, "target_modules", "matches no linear"),
+        ("supervised", {"target_modules": ["lm_head"]}, "target_modules", "is the head"),
+        ("reward", {"target_modules": ["("]}, "target_modules", "regular expression"),
+        ("dpo", {"early_stopping_patience": 2}, "early_stopping_patience", "validation_file"),
         ("supervised", {"max_seq_len": 513}, "max_seq_len", "512"),
         ("supervised", {"learning_rate_multiplier": 0}, "learning_rate_multiplier", "more than 0"),
         ("supervised", {"optimizer": "sgd"}, "optimizer", "adamw"),
@@ -417,7 +423,8 @@ async def test_training_goes_on_after_the_workers_death_without_a_step_twice():
         lives.append(job)
         if len(lives) == 1:
             return [started(job), progress(job, 1), checkpoint(job, 1), progress(job, 2), died(job)]
-        return [started(job, step=1), *[progress(job, n) for n in (2, 3, 4)], succeeded(job)]
+        again = [started(job, step=1), checkpoint(job, 1)]
+        return [*again, *[progress(job, n) for n in (2, 3, 4)], succeeded(job)]
 
     async with herd(training_engine(train)) as h:
         job = await create(h.client)
@@ -426,7 +433,9 @@ async def test_training_goes_on_after_the_workers_death_without_a_step_twice():
         events = (await h.client.fine_tuning.jobs.list_events(job.id, limit=100)).data
         steps = [event.data["step"] for event in events if event.type == "metrics"]
         assert steps == [4, 3, 2, 1]
-        assert "Training goes on from step 1 of 4" in [event.message for event in events]
+        messages = [event.message for event in events]
+        assert "Training goes on from step 1 of 4" in messages
+        assert sum(message.startswith("Checkpoint created") for message in messages) == 1
 
 
 async def test_a_job_that_kills_every_worker_fails():
@@ -485,6 +494,7 @@ async def test_a_new_server_lists_the_models_and_loads_them_when_they_are_used(t
         assert len(h.engine.loaded) == 2
         deleted = await h.client.models.delete(name)
         assert deleted.deleted
+        assert not list(tmp_path.glob("jobs/*/final"))
         with pytest.raises(openai.NotFoundError):
             await h.client.chat.completions.create(model=name, messages=QUESTION)
     async with herd(data_dir=tmp_path) as h:
@@ -555,6 +565,39 @@ async def test_a_full_disk_costs_the_results_file_and_not_the_job(monkeypatch):
         assert any("results file could not be written" in event.message for event in events)
 
 
+async def test_a_copy_that_finds_no_room_costs_no_job(monkeypatch):
+    async with herd() as h:
+
+        def full(*_args, **_options):
+            raise AdapterError("cannot be copied") from OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(h.state.registry, "prepare", full)
+            job = await create(h.client)
+            done = await until_status(h.client, job.id, "succeeded")
+        events = [e.message async for e in await h.client.fine_tuning.jobs.list_events(job.id)]
+        assert any("will be loaded when it is first used" in message for message in events)
+        await h.client.chat.completions.create(model=done.fine_tuned_model, messages=QUESTION)
+
+
+async def test_what_only_a_running_job_needs_goes_when_it_ends(tmp_path):
+    def run(job):
+        saved = checkpoint(job, 2)
+        Path(saved.path, "trainer_state.safetensors").touch()
+        return [started(job), saved, succeeded(job)]
+
+    async with herd(training_engine(run), data_dir=tmp_path) as h:
+        job = await create(h.client)
+        done = await until_status(h.client, job.id, "succeeded")
+        folder = tmp_path / "jobs" / job.id
+        await until(lambda: not (folder / "train.safetensors").exists())
+        await until(lambda: not list(folder.glob("*/trainer_state.safetensors")))
+        name = f"{done.fine_tuned_model}:ckpt-step-2"
+        await h.client.completions.create(model=name, prompt="x")
+        await h.client.models.delete(name)
+        assert sorted(path.name for path in folder.iterdir()) == ["final"]
+
+
 async def test_no_room_for_the_tokens_fails_the_job_clearly():
     def prepare(_path, **_settings):
         raise OSError(28, "No space left on device")
@@ -605,6 +648,7 @@ async def test_training_goes_on_from_an_adapter_as_it_was_then(tmp_path):
         assert told.start_from == told.reference
         assert told.start_from.uid < 0
         assert told.start_from.path.startswith(told.folder)
+        await until(lambda: not Path(told.start_from.path).exists())  # nobody needs it any more
         assert told.config.rank == record.info.rank
         assert told.config.target_modules == ("q_proj",)
         method = {"type": "supervised", "supervised": {"hyperparameters": {"rank": 3}}}

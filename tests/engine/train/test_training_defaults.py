@@ -49,6 +49,12 @@ def test_policies_learn_at_a_tenth_of_the_rate(spec):
         assert resolved(spec, method=method).learning_rate == pytest.approx(2e-5)
 
 
+def test_a_policy_drops_nothing_for_its_reference_does_not(spec):
+    for method in ("dpo", "grpo"):
+        assert resolved(spec, method=method).dropout == 0.0
+        assert resolved(spec, method=method, dropout=0.1).dropout == 0.1
+
+
 def test_nothing_is_left_open_but_patience(spec):
     config = resolved(spec)
     open_fields = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) is None]
