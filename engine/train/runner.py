@@ -218,7 +218,10 @@ class JobRunner:
             self._budget.pay(kind, elapsed_s)
             if elapsed_s > self._budget.max_stall_s:
                 self._max_rollout_tokens = max(1, self._max_rollout_tokens // 2)
-            elif elapsed_s < self._budget.max_stall_s / 4:
+            elif (
+                elapsed_s < self._budget.max_stall_s / 4
+                and output.stats.num_step_tokens == self._max_rollout_tokens
+            ):
                 self._max_rollout_tokens *= 2
 
     def _slice(self) -> None:
