@@ -18,8 +18,8 @@ from kernels.paged_attention import KV_SPLIT
 
 SHARED = {
     "block_tables": "*i32", "context_lens": "*i32", "cu_seqlens_q": "*i32",
-    "table_width": "i32", "num_kv_heads": "i32", "group": "i32", "window": "i32", "scale": "fp32",
-    "q_stride": "i32", "k_scales": "*u8", "v_scales": "*u8",
+    "table_width": "i32", "num_kv_heads": "i32", "group": "i32", "tiles": "i32",
+    "window": "i32", "scale": "fp32", "q_stride": "i32", "k_scales": "*u8", "v_scales": "*u8",
 }  # fmt: skip
 
 
@@ -39,8 +39,8 @@ def attention_case(
     num_warps = plan.split_warps if what == "split" else plan.chunk_warps
     types = SHARED | {"q": f"*{q}", "k_cache": f"*{stored}", "v_cache": f"*{stored}"}
     constants: dict[str, Any] = {
-        "QUERIES": min(MAX_QUERIES, max(16, triton.next_power_of_2(group)) // group),
-        "WINDOWED": windowed, "HEAD_DIM": head_dim, "HALF": triton.next_power_of_2(head_dim // 2),
+        "QUERIES": MAX_QUERIES, "WINDOWED": windowed, "HEAD_DIM": head_dim,
+        "HALF": triton.next_power_of_2(head_dim // 2),
         "BLOCK_SIZE": block_size, "KEYS": keys, "FP8": is_fp8, "ASM": True, "ROWS": rows,
         "DTYPE": tl.bfloat16 if stored == "bf16" else tl.float16, "PRECISION": "ieee",
     }  # fmt: skip
@@ -72,7 +72,7 @@ def join_case(arch: int) -> Case:
         "max_splits": "i32", "out_stride": "i32",
     }  # fmt: skip
     constants = {
-        "QUERIES": 8, "ROOM": 1, "WINDOWED": False, "SPLIT": KV_SPLIT, "HEAD_DIM": 128,
+        "QUERIES": MAX_QUERIES, "ROOM": 1, "WINDOWED": False, "SPLIT": KV_SPLIT, "HEAD_DIM": 128,
         "HALF": 64, "FP8": False, "AT_ONCE": SPLITS_AT_ONCE,
     }  # fmt: skip
     return Case(

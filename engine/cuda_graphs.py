@@ -1,4 +1,8 @@
-"""CUDA's graphs, as engine/decode_graphs.py wants them. All share one pool of memory."""
+"""CUDA's graphs, as engine/decode_graphs.py wants them. Those that live share one pool of memory.
+
+What they run is run once before, on the stream on which it is then recorded: what libraries keep
+for a stream, cuBLAS its workspace, then lies outside of the pool and outlives it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ class CudaGraphBackend:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._stream: torch.cuda.Stream | None = None
         self._memory_pool: Any = None
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
@@ -28,9 +33,15 @@ class CudaGraphBackend:
             torch.cuda.synchronize(self._device)  # raises where it was more than a recording
             raise RuntimeError(str(error)) from error
 
+    def forget(self) -> None:
+        """All recordings are gone, and their pool with them: it cannot be entered again."""
+        self._memory_pool = None
+
     def _capture(self, run: Callable[[], None]) -> Callable[[], None]:
         current = torch.cuda.current_stream(self._device)
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream = self._stream
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             run()
@@ -38,7 +49,9 @@ class CudaGraphBackend:
         graph = torch.cuda.CUDAGraph()
         # Meanwhile the thread that loads adapters may pin memory, which another mode would forbid.
         mode = "thread_local"
-        with torch.cuda.graph(graph, pool=self._memory_pool, capture_error_mode=mode):
+        with torch.cuda.graph(
+            graph, pool=self._memory_pool, stream=stream, capture_error_mode=mode
+        ):
             run()
         self._memory_pool = graph.pool()
         return graph.replay

@@ -50,6 +50,10 @@ class GraphBackend(Protocol):
         """
         ...
 
+    def forget(self) -> None:
+        """Nothing that was captured will run again."""
+        ...
+
     def memory_bytes(self) -> int:
         """Memory of the device in use now."""
         ...
@@ -109,8 +113,9 @@ class DecodeGraphs:
         self._version = pool.version
         self._num_settled = 0
         self._is_given_up = False
+        """Something in a step cannot be recorded."""
         self.num_bytes = 0
-        """What recordings have taken of the device's memory so far."""
+        """What the recordings that there are have taken of the device's memory."""
 
     def run(self, items: SequenceOf[tuple[Sequence, int]]) -> torch.Tensor | None:
         """A decode step's logits, float32 [num_tokens, vocab_size], which the next one overwrites;
@@ -122,7 +127,7 @@ class DecodeGraphs:
             self._forget()
         self._num_settled += 1
         is_known = size in self._replays
-        if not is_known and (self._is_given_up or self._num_settled <= SETTLED_STEPS):
+        if not is_known and not self._may_record:
             return None
         num_rows = self._inputs.load([sequence for sequence, _ in items], size)
         if not is_known and not self._record(size):
@@ -134,6 +139,11 @@ class DecodeGraphs:
         """Work out the next step's input as if this step's sequences all went on; on a GPU this
         step is still running."""
         self._inputs.prepare_next()
+
+    @property
+    def _may_record(self) -> bool:
+        has_room = self._budget_bytes is None or self.num_bytes <= self._budget_bytes
+        return has_room and not self._is_given_up and self._num_settled > SETTLED_STEPS
 
     def _size_for(self, items: SequenceOf[tuple[Sequence, int]]) -> int | None:
         num_rows = sum(count for _, count in items)
@@ -171,15 +181,17 @@ class DecodeGraphs:
         )  # fmt: skip
         if self._budget_bytes is not None and self.num_bytes > self._budget_bytes:
             logger.warning(
-                "Recordings take %.0f MB, more than the %.0f MB kept for them: no further ones.",
+                "Recordings take %.0f MB, more than the %.0f MB kept for them: no further ones "
+                "until the adapters in the pool change.",
                 self.num_bytes / 1e6, self._budget_bytes / 1e6,
             )  # fmt: skip
-            self._is_given_up = True
         return True
 
     def _forget(self) -> None:
         """The pool has changed: what was recorded reads adapters where they no longer are."""
         self._replays.clear()
         self._logits.clear()
+        self._backend.forget()
+        self.num_bytes = 0
         self._version = self._pool.version
         self._num_settled = 0

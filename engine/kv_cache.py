@@ -2,8 +2,7 @@
 
 By flag, or what is free: on CUDA gpu_memory_utilization of the device less weights, activations
 and what is kept for later (engine/memory_plan.py), on the CPU half of the free memory and at most
-CPU_LIMIT_BYTES; in both cases no
-more than max_num_seqs full sequences need.
+CPU_LIMIT_BYTES; in both cases no more than max_num_seqs full sequences need.
 """
 
 from __future__ import annotations

@@ -177,10 +177,12 @@ def _serving_verdicts(
     cache = config.cache
     per_block = block_bytes(spec, cache.block_size, kv_cache_dtype(cache, dtype))
     longest = config.model.max_model_len or spec.max_context_len
+    most_tokens = config.scheduler.max_num_seqs * -(-longest // cache.block_size) * cache.block_size
     verdicts = []
     for size in gpu_bytes:
         allowed = int(size * cache.gpu_memory_utilization)
         num_tokens = max(0, allowed - total(lines)) // per_block * cache.block_size
+        num_tokens = min(num_tokens, most_tokens)
         fits = num_tokens >= longest
         if fits:
             said = f"KV cache for {num_tokens:,} tokens, {num_tokens // longest} sequences"

@@ -29,12 +29,12 @@ from kernels.paged_attention import KV_SPLIT, KVScales
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
 """Query heads to a kv head."""
-MAX_QUERIES = 8
-"""New tokens of a sequence that is read in splits, at most."""
+MAX_QUERIES = 16
+"""New tokens of a sequence that is read in splits, at most: a decode, or one with drafts."""
 SPLITS_AT_ONCE = 16
 """Splits in one step of joining."""
 MAX_WORKSPACE_BYTES = 64 * 2**20
-"""Of the splits' results; what needs more runs in several launches."""
+"""Of the splits' results; sequences that need more together run in several launches."""
 
 
 def accepts(
@@ -87,18 +87,15 @@ def run(
             num_tokens, block_tables, context_lens, cu_seqlens_q
         )
         num_seqs = num_tokens
-    group = q.shape[1] // k_cache.shape[2]
-    rows = max(16, triton.next_power_of_2(group))
-    queries = min(MAX_QUERIES, rows // group)
     # Each sequence has a new token: no other can have more than the rest.
     most_new = num_tokens - num_seqs + 1
     common = _Launch(
         q, out, k_cache, v_cache, kv_scales, block_tables, context_lens, cu_seqlens_q, scale,
-        sliding_window, queries,
+        sliding_window,
     )  # fmt: skip
-    if num_seqs > 1 or most_new <= queries:
-        common.run_splits(rows, min(queries, most_new))
-    if most_new > queries:
+    if num_seqs > 1 or most_new <= MAX_QUERIES:
+        common.run_splits(min(MAX_QUERIES, most_new))
+    if most_new > MAX_QUERIES:
         common.run_chunks()
     return out
 
@@ -119,7 +116,7 @@ class _Launch:
     def __init__(
         self, q: Tensor, out: Tensor, k_cache: Tensor, v_cache: Tensor, kv_scales: KVScales | None,
         block_tables: Tensor, context_lens: Tensor, cu_seqlens_q: Tensor, scale: float,
-        sliding_window: int | None, queries: int,
+        sliding_window: int | None,
     ) -> None:  # fmt: skip
         plan = gpu.attention_plan(q.device)
         assert plan is not None
@@ -139,18 +136,19 @@ class _Launch:
         k_scales, v_scales = kv_scales or (q, q)
         self.caches = k_cache, v_cache, k_scales, v_scales, block_tables, context_lens, cu_seqlens_q
         self.scale = scale * math.log2(math.e)
-        self.queries = queries
         self.options: dict[str, Any] = {
-            "QUERIES": queries, "WINDOWED": sliding_window is not None, "HEAD_DIM": self.head_dim,
-            "HALF": self.half, "FP8": is_fp8,
+            "QUERIES": MAX_QUERIES, "WINDOWED": sliding_window is not None,
+            "HEAD_DIM": self.head_dim, "HALF": self.half, "FP8": is_fp8,
         }  # fmt: skip
         self.products: dict[str, Any] = {
             "BLOCK_SIZE": k_cache.shape[1], "DTYPE": products, "PRECISION": precision,
             "ASM": not gpu.interpreting() and gpu.capability(q.device) > (0, 0),
         }  # fmt: skip
 
-    def run_splits(self, rows: int, room: int) -> None:
-        """Sequences of few new tokens: at most `room` here, in tiles of `rows` rows."""
+    def run_splits(self, room: int) -> None:
+        """Sequences of few new tokens, at most `room` here."""
+        rows = max(16, triton.next_power_of_2(self.group))
+        tiles = triton.cdiv(room, rows // self.group)
         device, plan, heads = self.q.device, self.plan, self.num_kv_heads
         num_seqs = len(self.context_lens)
         per_seq = heads * self.max_splits * room * self.group
@@ -161,10 +159,10 @@ class _Launch:
         wanted = plan.programs_per_sm * gpu.num_processors(device)
         for first in range(0, num_seqs, at_once):
             seqs = min(at_once, num_seqs - first)
-            programs = min(self.max_splits, -(-wanted // (heads * seqs)))
-            split_kernel[(programs, heads, seqs)](
+            programs = min(self.max_splits, -(-wanted // (heads * seqs * tiles)))
+            split_kernel[(programs, heads, seqs * tiles)](
                 partial, stats, self.q, *self.caches, first, self.table_width, heads, self.group,
-                self.max_splits, self.window, self.scale, self.q.stride(0), **self.options,
+                tiles, self.max_splits, self.window, self.scale, self.q.stride(0), **self.options,
                 **self.products, ROOM=room, SPLIT=KV_SPLIT, ROWS=rows, KEYS=plan.split_keys,
                 num_warps=plan.split_warps, num_stages=plan.split_stages,
             )  # fmt: skip

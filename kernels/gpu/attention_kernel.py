@@ -18,7 +18,7 @@ import triton.language as tl
 
 from kernels.gpu.fp8 import from_pairs
 
-VARYING = ["first_seq", "table_width", "num_kv_heads", "group", "max_splits", "window"]
+VARYING = ["first_seq", "table_width", "num_kv_heads", "group", "tiles", "max_splits", "window"]
 """Sizes that no variant of the kernels is compiled for."""
 
 
@@ -107,30 +107,35 @@ def _attend(
 @triton.jit(do_not_specialize=VARYING)
 def split_kernel(
     partial, stats, q, k_cache, v_cache, k_scales, v_scales, block_tables, context_lens,
-    cu_seqlens_q, first_seq, table_width, num_kv_heads, group, max_splits, window, scale, q_stride,
+    cu_seqlens_q, first_seq, table_width, num_kv_heads, group, tiles, max_splits, window, scale,
+    q_stride,
     QUERIES: tl.constexpr, ROOM: tl.constexpr, WINDOWED: tl.constexpr, SPLIT: tl.constexpr,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     KEYS: tl.constexpr, FP8: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
-    """Sequences of up to QUERIES new tokens. Grid (programs, num_kv_heads, num_seqs).
+    """Sequences of up to QUERIES new tokens. Grid (programs, num_kv_heads, num_seqs * tiles).
 
     partial [seq, kv head, split, ROOM * group, 2 * HALF] and stats [the same, 2]: a split's
     weighted values, part by part, its largest score and its sum of weights. A sequence's splits
-    are dealt out to its programs in turn; ROOM is the most new tokens that are kept.
+    are dealt out to its programs in turn; ROOM is the most new tokens that are kept, ROWS // group
+    of them a tile: a decode's sums do not depend on the tokens that come with it.
     """
     head = tl.program_id(1)
-    seq = first_seq + tl.program_id(2)
+    place = tl.program_id(2) // tiles
+    tokens = ROWS // group
+    first_query = (tl.program_id(2) % tiles) * tokens
+    seq = first_seq + place
     begin = tl.load(cu_seqlens_q + seq)
     num_new = tl.load(cu_seqlens_q + seq + 1) - begin
     context = tl.load(context_lens + seq)
-    if num_new <= QUERIES:
+    if (num_new <= QUERIES) & (first_query < num_new):
         row = tl.arange(0, ROWS)
-        query = row // group
+        query = first_query + row // group
         position = context - num_new + query
         oldest = tl.where(WINDOWED, position - window + 1, 0)
         half = tl.arange(0, HALF)
-        is_row = query < num_new
+        is_row = (row < tokens * group) & (query < num_new)
         there = is_row[:, None] & (half < HEAD_DIM // 2)[None, :]
         at = (begin + query).to(tl.int64) * q_stride + (head * group + row % group) * HEAD_DIM
         at0 = at[:, None] + dimension(half, 0, HEAD_DIM, FP8)[None, :]
@@ -142,14 +147,14 @@ def split_kernel(
             first = tl.maximum(context - num_new - window + 1, 0) // SPLIT
         group_rows = ROOM * group
         table = block_tables + seq.to(tl.int64) * table_width
-        base = (tl.program_id(2).to(tl.int64) * num_kv_heads + head) * max_splits
+        base = (place.to(tl.int64) * num_kv_heads + head) * max_splits
         for split in range(first + tl.program_id(0), tl.cdiv(context, SPLIT), tl.num_programs(0)):
             acc0, acc1, top, total = _attend(
                 rows0, rows1, position, oldest, k_cache, v_cache, k_scales, v_scales, table,
                 split * SPLIT, tl.minimum((split + 1) * SPLIT, context), head, num_kv_heads, scale,
                 HEAD_DIM, HALF, BLOCK_SIZE, KEYS, FP8, DTYPE, PRECISION, ASM,
             )  # fmt: skip
-            to = (base + split) * group_rows + row
+            to = (base + split) * group_rows + first_query * group + row
             to_part = partial + to[:, None] * (2 * HALF) + half[None, :]
             tl.store(to_part, acc0, mask=is_row[:, None])
             tl.store(to_part + HALF, acc1, mask=is_row[:, None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -24,13 +25,14 @@ class Recorder:
     def __init__(self, *, error: Exception | None = None, bytes_each: int = 0) -> None:
         self.error = error
         self.bytes_each = bytes_each
-        self.num_captured = self.num_replayed = 0
+        self.num_captured = self.num_replayed = self.num_alive = 0
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         if self.error is not None:
             raise self.error
         run()
         self.num_captured += 1
+        self.num_alive += 1
 
         def replay() -> None:
             self.num_replayed += 1
@@ -38,8 +40,11 @@ class Recorder:
 
         return replay
 
+    def forget(self) -> None:
+        self.num_alive = 0
+
     def memory_bytes(self) -> int:
-        return self.num_captured * self.bytes_each
+        return self.num_alive * self.bytes_each
 
 
 def both(**options) -> tuple[FakeEngine, FakeEngine, Recorder]:
@@ -149,6 +154,69 @@ def test_a_device_that_is_lost_while_recording_is_not_survived():
         fake.run()
 
 
+class FakeCuda:
+    """torch.cuda's streams and graphs as far as they are used, and which pool was entered where."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.entered: list[tuple[object, object]] = []
+        self.replayed: list[object] = []
+        self.stream_now: object = "current"
+        self.ran_on: list[object] = []
+        made = iter(range(100))
+        fake = self
+
+        class Graph:
+            def __init__(self) -> None:
+                self.own = f"pool {next(made)}"
+
+            def pool(self) -> object:
+                return self.own
+
+            def replay(self) -> None:
+                fake.replayed.append(self)
+
+        class Stream:
+            def wait_stream(self, _: object) -> None:
+                pass
+
+        @contextmanager
+        def on(stream: object):
+            before, fake.stream_now = fake.stream_now, stream
+            yield
+            fake.stream_now = before
+
+        @contextmanager
+        def graph(made: Graph, *, pool: object, stream: object, capture_error_mode: str):
+            assert capture_error_mode == "thread_local"
+            made.own = pool or made.own
+            fake.entered.append((pool, stream))
+            with on(stream):
+                yield
+
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
+        monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream())
+        monkeypatch.setattr(torch.cuda, "stream", on)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+
+    def run(self) -> None:
+        self.ran_on.append(self.stream_now)
+
+
+def test_recordings_share_a_pool_while_they_live_and_a_stream_for_ever(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    backend = CudaGraphBackend(torch.device("cuda"))
+    for _ in range(2):
+        backend.capture(cuda.run)
+    backend.forget()
+    backend.capture(cuda.run)
+    # A pool whose graphs are gone must not be entered again: the allocator refuses.
+    assert [pool for pool, _ in cuda.entered] == [None, "pool 0", None]
+    # The run before is on the same stream as the recording.
+    assert len(set(cuda.ran_on)) == 1 and cuda.ran_on[0] is cuda.entered[0][1]
+    assert len(cuda.ran_on) == 6
+
+
 @pytest.mark.parametrize("is_lost", [False, True])
 def test_what_cuda_cannot_record_is_told_from_a_lost_device(monkeypatch, is_lost):
     def fail(*_: object) -> None:
@@ -170,6 +238,17 @@ def test_recordings_that_take_more_than_is_kept_for_them_are_the_last():
         fake.add(f"r{number}", [number, *PROMPT], max_tokens=20 + 15 * number)
     fake.run()
     assert fake.graphs.num_bytes == 1200 and backend.num_captured == 2
+
+
+def test_what_was_thrown_away_no_longer_counts():
+    backend = Recorder(bytes_each=600)
+    fake = FakeEngine(graph_backend=backend, num_blocks=256, num_rows=3)
+    fake.graphs._budget_bytes = 1000
+    for uid in (1, 2, 3):  # each changes the pool
+        fake.add(f"r{uid}", PROMPT, max_tokens=20, adapter=adapter(uid))
+        fake.run()
+    assert backend.num_captured == 3
+    assert fake.graphs.num_bytes == 600
 
 
 @pytest.mark.parametrize("enable_prefix_caching", [True, False])

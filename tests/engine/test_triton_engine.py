@@ -31,8 +31,8 @@ CASES = {
     "llama": {}, "mistral_window": {}, "qwen3": {"kv_cache_dtype": "fp8", "block_size": 16},
 }
 REQUESTS = [
-    request(0, 3), request(1, 4),
-    request(7, 3, temperature=0.9, top_p=0.8, top_k=20, min_p=0.01, seed=7),
+    request(0, 2), request(1, 3),
+    request(7, 2, temperature=0.9, top_p=0.8, top_k=20, min_p=0.01, seed=7),
 ]
 
 def generate():

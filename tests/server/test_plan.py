@@ -49,6 +49,11 @@ def test_flags_of_the_server_change_the_plan(capsys):
     assert cache_tokens("--gpu-memory-utilization", "0.95") > usual
 
 
+def test_the_cache_is_no_larger_than_all_sequences_need(capsys):
+    plan(["--base", "llama-7b", "--gpu-memory", "80GiB", "--max-num-seqs", "4"])
+    assert "KV cache for 8,192 tokens, 4 sequences" in capsys.readouterr().out
+
+
 def test_any_folder_with_a_config_is_planned(tmp_path):
     config = {
         "model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 112,
