@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from engine.train.config import Method, TrainConfig
+from engine.train.config import MAX_NUMBER, Method, TrainConfig
 from server.errors import ApiError, bad_request
 
 AUTO = "auto"
@@ -68,8 +68,9 @@ def train_config(
             continue
         if name == MULTIPLIER:
             multiplier = _checked(float, value, param)
-            if multiplier <= 0:
-                raise bad_request(f"{param}: expected more than 0, got {multiplier}", param)
+            if not 0 < multiplier < MAX_NUMBER:
+                text = f"{param}: expected more than 0 and less than {MAX_NUMBER}, got {multiplier}"
+                raise bad_request(text, param)
         else:
             field = OPENAI_NAMES.get(name, name)
             chosen[field] = _checked(hints[field], value, param)

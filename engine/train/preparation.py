@@ -94,6 +94,8 @@ def _check_job(job: TrainingJob) -> None:
         problems.append("grpo needs a reward adapter that says what an answer is worth")
     if job.reference is not None and job.config.method not in ("dpo", "grpo"):
         problems.append(f"a reference is of no use to the method {job.config.method}")
+    if job.reward_adapter is not None and job.config.method != "grpo":
+        problems.append(f"a reward adapter is of no use to the method {job.config.method}")
     if problems:
         raise RequestError("This job cannot run: " + "; ".join(problems) + ".")
 

@@ -261,6 +261,8 @@ async def test_a_job_that_cannot_be_is_refused(fields, param):
         ("dpo", {"early_stopping_patience": 2}, "early_stopping_patience", "validation_file"),
         ("supervised", {"max_seq_len": 513}, "max_seq_len", "512"),
         ("supervised", {"learning_rate_multiplier": 0}, "learning_rate_multiplier", "more than 0"),
+        ("supervised", {"n_epochs": 1e300}, "n_epochs", "less than 2147483648"),
+        ("supervised", {"batch_size": 2**31}, "batch_size", "less than 2147483648"),
         ("supervised", {"optimizer": "sgd"}, "optimizer", "adamw"),
         ("supervised", {"seed": 1}, "seed", "of the job itself"),
         ("supervised", {"packing": 1}, "packing", "boolean"),
@@ -278,6 +280,20 @@ async def test_hyperparameters_are_checked_by_name_and_value(method, given, name
         with pytest.raises(openai.BadRequestError, match=text) as caught:
             await create(h.client, method=body)
         assert caught.value.param == f"method.{method}.hyperparameters.{name}"
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "learning_rate_multiplier", "neftune_alpha"])
+@pytest.mark.parametrize("number", ["1e400", "NaN"])
+async def test_numbers_that_json_cannot_show_again_are_refused(name, number):
+    async with herd() as h:
+        body = (
+            f'{{"model": "base", "training_file": "{await upload(h.client)}", '
+            f'"hyperparameters": {{"{name}": {number}}}}}'
+        )
+        response = await h.http.post("/v1/fine_tuning/jobs", content=body)
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["param"].endswith(name)
+        assert (await h.client.fine_tuning.jobs.list()).data == []
 
 
 async def test_a_file_of_another_purpose_is_refused():
