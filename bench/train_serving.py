@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Coroutine
@@ -70,12 +71,12 @@ class Phase:
 class Bench:
     """A worker, its job, and the streams."""
 
-    def __init__(self, folder: Path, work: Path, max_stall_ms: float, device: str) -> None:
+    def __init__(self, folder: Path, work: Path, max_stall_ms: float, **model: Any) -> None:
         self.spec = ModelSpec.from_folder(folder)
         self.work = work
         self.client = EngineClient(
             EngineConfig(
-                model=ModelConfig(base=str(folder), device=device),
+                model=ModelConfig(base=str(folder), **model),
                 cache=CacheConfig(kv_cache_memory_bytes=2**28),
                 scheduler=SchedulerConfig(train_max_stall_ms=max_stall_ms),
             ),
@@ -190,12 +191,12 @@ def _own_s(client: EngineClient) -> float:
 
 
 async def measure(
-    folder: Path, *, max_stall_ms: float, seconds: float, num_rounds: int, device: str
+    folder: Path, *, max_stall_ms: float, seconds: float, num_rounds: int, **model: Any
 ) -> dict[str, Any]:
-    """All rounds on one model."""
+    """All rounds on one model; `model` are fields of ModelConfig."""
     phases: dict[str, list[Phase]] = {}
     with tempfile.TemporaryDirectory() as work:
-        bench = Bench(folder, Path(work), max_stall_ms, device)
+        bench = Bench(folder, Path(work), max_stall_ms, **model)
         info = await bench.client.start()
         try:
             for number in range(num_rounds + 1):  # the first warms up
@@ -277,6 +278,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each phase")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, help="as of serve.py")
     parser.add_argument("--folder", default="/tmp/herd-bench", help="where random models are made")
     parser.add_argument("--output", help="JSON file for the figures")
     args = parser.parse_args()
@@ -296,13 +298,15 @@ def main() -> None:
                 seconds=args.seconds,
                 num_rounds=args.rounds,
                 device=args.device,
+                threads=args.threads,
             )
         )
         print(json.dumps(results[name], indent=1), flush=True)
     if args.output:
         content = {
-            "command": "python -m bench.train_serving",
+            "command": f"python -m bench.train_serving {' '.join(sys.argv[1:])}",
             "cpus": os.cpu_count(),
+            "threads": args.threads,
             "torch": torch.__version__,
             "models": results,
         }

@@ -295,7 +295,7 @@ class TrainingProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingCheckpoint:
-    """A checkpoint is on disk, complete."""
+    """A checkpoint is on disk, complete. That which a job goes on from is told again."""
 
     job_id: str
     step: int

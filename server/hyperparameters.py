@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from engine.train.config import Method, TrainConfig
+from engine.train.config import MAX_NUMBER, Method, TrainConfig
 from server.errors import ApiError, bad_request
 
 AUTO = "auto"
@@ -67,8 +68,9 @@ def train_config(
             continue
         if name == MULTIPLIER:
             multiplier = _checked(float, value, param)
-            if multiplier <= 0:
-                raise bad_request(f"{param}: expected more than 0, got {multiplier}", param)
+            if not 0 < multiplier < MAX_NUMBER:
+                text = f"{param}: expected more than 0 and less than {MAX_NUMBER}, got {multiplier}"
+                raise bad_request(text, param)
         else:
             field = OPENAI_NAMES.get(name, name)
             chosen[field] = _checked(hints[field], value, param)
@@ -80,8 +82,9 @@ def train_config(
     try:
         return TrainConfig(**chosen), multiplier
     except ValueError as error:
-        name = str(error).partition(":")[0]
-        raise bad_request(f"{path}.{error}", f"{path}.{_api_name(name)}") from error
+        name, _, problem = str(error).partition(":")
+        param = f"{path}.{_api_name(name)}"
+        raise bad_request(f"{param}:{problem}", param) from error
 
 
 def allowed_names(method: str) -> list[str]:
@@ -113,8 +116,8 @@ def shown(config: TrainConfig, given: Mapping[str, Any]) -> dict[str, Any]:
         name: known[OPENAI_NAMES.get(name, name)] for name in (*names, *given) if name != MULTIPLIER
     }
     epochs = values["n_epochs"]
-    if epochs is not None and epochs == int(epochs):
-        values["n_epochs"] = int(epochs)  # which OpenAI's clients expect
+    if epochs is not None and (epochs == int(epochs) or "n_epochs" not in given):
+        values["n_epochs"] = math.ceil(epochs)  # an integer, which OpenAI's clients expect
     is_default = config.learning_rate is not None and "learning_rate" not in given
     values[MULTIPLIER] = given.get(MULTIPLIER, 1.0 if is_default else None)
     return {name: AUTO if value is None else value for name, value in values.items()}

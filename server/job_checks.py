@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapters.registry import AdapterRecord
 from engine.api import EngineInfo
+from engine.errors import RequestError
 from engine.train.config import TrainConfig
 from server.errors import ApiError, bad_request
 from server.files import Files
+
+if TYPE_CHECKING:
+    from engine.model_config import ModelSpec
 
 PURPOSE = "fine-tune"
 SCORE_HEAD = "score"
@@ -37,8 +41,10 @@ def fit_config(
     *,
     path: str,
     start: AdapterRecord | None,
+    spec: ModelSpec,
     info: EngineInfo,
     max_lora_rank: int | None,
+    has_validation: bool,
 ) -> TrainConfig:
     """The config with what the start adapter and the server decide.
 
@@ -46,6 +52,7 @@ def fit_config(
         given: hyperparameters that the user gave.
         path: where they stand in the body.
         start: the adapter that training starts from.
+        has_validation: a validation file is given.
 
     Raises:
         ApiError: they contradict each other.
@@ -53,14 +60,28 @@ def fit_config(
     if config.max_seq_len is not None and config.max_seq_len > info.max_model_len:
         text = f"{path}.max_seq_len: the model holds {info.max_model_len}, got {config.max_seq_len}"
         raise bad_request(text, f"{path}.max_seq_len")
+    if config.early_stopping_patience is not None and not has_validation:
+        text = f"{path}.early_stopping_patience: needs a validation_file, whose loss it watches"
+        raise bad_request(text, f"{path}.early_stopping_patience")
     if start is not None:
         config = _continue(config, given, path, start)
+    elif config.target_modules:
+        _check_targets(config, path, spec)
     if max_lora_rank is not None and config.rank > max_lora_rank:
         if "rank" in given or start is not None:
             text = f"{path}.rank: the server takes up to {max_lora_rank}, got {config.rank}"
             raise bad_request(f"{text} (--max-lora-rank)", f"{path}.rank")
         config = dataclasses.replace(config, rank=max_lora_rank)
     return config
+
+
+def _check_targets(config: TrainConfig, path: str, spec: ModelSpec) -> None:
+    from engine.train.targets import target_paths
+
+    try:
+        target_paths(spec, config.target_modules)
+    except RequestError as error:
+        raise bad_request(f"{path}.{error}", f"{path}.target_modules") from error
 
 
 def check_reward_model(record: AdapterRecord | None, name: str, param: str) -> AdapterRecord:

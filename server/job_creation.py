@@ -45,8 +45,10 @@ async def create_job(
         given,
         path=f"method.{method.type}.hyperparameters",
         start=start,
+        spec=shop.spec,
         info=info,
         max_lora_rank=shop.max_lora_rank,
+        has_validation=body.validation_file is not None,
     )
     reward = await _reward_model(shop, method.reinforcement)
     await check_file(shop.files, body.training_file, "training_file")

@@ -191,7 +191,13 @@ def with_multiplier(
 
 
 def remove_data(folder: Path) -> None:
-    """Forget the tokens of a job that has ended; checkpoints and result stay."""
-    for name in (TRAINING_DATA, VALIDATION_DATA):
+    """Forget what only a job needs that goes on: tokens, frozen adapters, the trainer's state.
+    Checkpoints stay as adapters, and so does the result."""
+    from engine.train.checkpoint import TENSORS_FILE
+
+    states = folder.glob(f"checkpoint-*/{TENSORS_FILE}")
+    for path in (folder / TRAINING_DATA, folder / VALIDATION_DATA, *states):
         with contextlib.suppress(OSError):
-            (folder / name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+    for part in (START, REWARD):
+        shutil.rmtree(folder / part, ignore_errors=True)

@@ -102,7 +102,9 @@ def _record_step(connection: sa.Connection, job: Job, event: TrainingProgress) -
 
 def _record_checkpoint(connection: sa.Connection, job: Job, event: TrainingCheckpoint) -> None:
     name = checkpoint_name(job, event.step)
-    connection.execute(checkpoints.delete().where(checkpoints.c.model == name))
+    known = sa.select(checkpoints.c.model).where(checkpoints.c.model == name)
+    if connection.execute(known).first() is not None:
+        return  # told again by a job that goes on from it
     insert(
         connection,
         checkpoints,

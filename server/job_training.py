@@ -148,10 +148,11 @@ async def publish(
     try:
         await asyncio.to_thread(add_template, shop.folder.job(job.id), path)
         await shop.adapters.publish_trained(job.model_name, path)
-    except AdapterError as error:
-        await shop.adapters.withdraw(job.model_name)
-        return error.info()
-    except (EngineError, OSError) as error:  # the worker has just died
+    except (EngineError, OSError) as error:
+        if isinstance(error, AdapterError) and not isinstance(error.__cause__, OSError):
+            await shop.adapters.withdraw(job.model_name)
+            return error.info()
+        # The worker has just died, or there is no room for the server's own copy.
         notes.append(("warn", f"The model will be loaded when it is first used: {error}"))
     result_file = None
     try:

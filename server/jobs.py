@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,14 +186,25 @@ class Jobs:
         return await self.get(job_id)
 
     async def forget_model(self, name: str) -> None:
-        """Delete a fine-tuned model, or the model that a checkpoint is, for good."""
+        """Delete a fine-tuned model, or the model that a checkpoint is, for good. The files of a
+        checkpoint stay while its job has not ended: it may have to go on from there."""
 
-        def work(connection: sa.Connection) -> None:
+        def work(connection: sa.Connection) -> list[str | None]:
+            result = sa.select(jobs.c.path).where(jobs.c.model_name == name)
+            checkpoint = (
+                sa.select(checkpoints.c.path)
+                .join(jobs, jobs.c.id == checkpoints.c.job_id)
+                .where(checkpoints.c.model == name, jobs.c.status.in_(ENDED))
+            )
+            paths = [*connection.scalars(result), *connection.scalars(checkpoint)]
             connection.execute(jobs.update().where(jobs.c.model_name == name).values(path=None))
             connection.execute(checkpoints.delete().where(checkpoints.c.model == name))
+            return paths
 
-        await self.shop.database.write(work)
+        paths = await self.shop.database.write(work)
         await self.shop.adapters.withdraw(name)
+        for path in filter(None, paths):
+            await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
 
     async def _change(self, job_id: str, work: Callable[[sa.Connection, Job], None]) -> Job:
         """Change a job that has not ended; as it was before."""

@@ -34,6 +34,7 @@ from server.datasets.prepare import prepare
 from server.datasets.problems import DatasetErrors
 from server.datasets.training_template import training_template
 from server.flags import add_flags, from_args
+from server.hyperparameters import OF_ONE_METHOD
 from server.tokenizer import Tokenizer, load_tokenizer
 from server.train_progress import follow, say, with_bar
 
@@ -57,7 +58,7 @@ class TrainFiles:
     """Adapter to go on from: a folder or a name as --adapter of the server takes it. A fresh one by
     default."""
     reference: str | None = None
-    """dpo and grpo: adapter to stay close to; by default the base."""
+    """dpo and grpo: adapter to stay close to; by default the one to start from, else the base."""
     reward_adapter: str | None = None
     """grpo: adapter with a score head that says what an answer is worth."""
     chat_template: str | None = None
@@ -90,6 +91,7 @@ def train_command(words: list[str]) -> int:
     args = parser.parse_args(words)
     files, model = from_args(TrainFiles, args), from_args(ModelConfig, args)
     config = from_args(TrainConfig, args)
+    _check_method(config, args)
     folder = resolve_base(model.base, files.model_dir)
     spec = ModelSpec.from_folder(folder)
     registry = Registry(spec)
@@ -109,6 +111,21 @@ def train_command(words: list[str]) -> int:
     return 0
 
 
+def _check_method(config: TrainConfig, args: argparse.Namespace) -> None:
+    """Refuse flags that the method would ignore.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for name, method in OF_ONE_METHOD.items():
+        if hasattr(args, name) and config.method != method:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{flag}: only the method {method} has it, this run's is {config.method}. "
+                f"Leave it out."
+            )
+
+
 def _prepare(
     files: TrainFiles,
     config: TrainConfig,
@@ -121,6 +138,8 @@ def _prepare(
     adapter = functools.partial(_publish, registry, model.base, files.adapter_dir)
     start_from = adapter("start-from", files.start_from)
     reference = adapter("reference", files.reference)
+    if reference is None and config.method in ("dpo", "grpo"):
+        reference = start_from
     reward_adapter = adapter("reward-adapter", files.reward_adapter)
     tokenizer = load_tokenizer(Path(model.tokenizer or folder))
     override = load_override(files.chat_template) if files.chat_template is not None else None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
 
 from engine.api import TrainingCheckpoint
-from engine.errors import EngineError
 from engine.lora import LoraWeights
 from engine.train.checkpoint import (
     DamagedCheckpoint,
@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 POLL_S = 0.002
 """How long a slice waits for work that goes on in a thread."""
+RETRY_S = 10
+"""How long a finished run waits before it tries again to write what it has learnt."""
 
 
 class CheckpointKeeper:
@@ -54,13 +56,21 @@ class CheckpointKeeper:
         """The checkpoint of this step is on disk; 0: there is none."""
         self.saved_step = self._attempted_step = step
 
-    def save_if_due(self, run: Run) -> Slices[None]:
-        """Write the checkpoint that this step should have, unless that was tried already."""
-        if run.save_is_due and self._attempted_step != run.state.step:
-            yield from self.save(run)
+    def save_if_due(self, run: Run, check_stop: Callable[[], None]) -> Slices[None]:
+        """Write the checkpoint that this step should have, unless that was tried already. The last
+        one is waited for: without it the run would have been for nothing.
 
-    def save(self, run: Run) -> Slices[None]:
-        """Write a checkpoint; where that fails a note says so and the run goes on without it."""
+        Args:
+            run:        the job.
+            check_stop: called while it waits; what it raises ends that.
+        """
+        if run.save_is_due and self._attempted_step != run.state.step:
+            yield from self.save(run, check_stop if run.is_finished else None)
+
+    def save(self, run: Run, check_stop: Callable[[], None] | None = None) -> Slices[None]:
+        """Write a checkpoint. Where that fails a note says so and the run goes on without it, or
+        waits until it can be written if there is a check_stop to end that.
+        """
         state = run.state
         self._attempted_step = state.step
 
@@ -72,7 +82,10 @@ class CheckpointKeeper:
             return path, weights
 
         try:
-            path, weights = yield from in_thread(write)
+            if check_stop is None:
+                path, weights = yield from in_thread(write)
+            else:
+                path, weights = yield from _until_written(run, write, check_stop)
         except OSError as error:
             if state.best_step == state.step:
                 step, value = run.best_before
@@ -85,25 +98,24 @@ class CheckpointKeeper:
             return
         self.saved_step = state.step
         self._remember(run, str(path), weights)
-        yield TrainingCheckpoint(
+        yield self.event(run)
+
+    def event(self, run: Run) -> TrainingCheckpoint:
+        """What is told of the checkpoint of the step at which the run stands."""
+        state = run.state
+        return TrainingCheckpoint(
             job_id=run.job.job_id,
             step=state.step,
-            path=str(path),
+            path=str(checkpoint_path(self._folder, state.step)),
             metrics=state.metrics,
             is_best=state.best_step == state.step,
         )
 
-    def publish(self, run: Run) -> Slices[Path]:
-        """Make the best checkpoint, or the last where nothing was evaluated, the result.
-
-        Raises:
-            EngineError: it cannot be written; the job can be resumed.
+    def publish(self, run: Run, check_stop: Callable[[], None]) -> Slices[Path]:
+        """Make the best checkpoint, or the last where nothing was evaluated, the result. Waits
+        until it can be written; check_stop as for save_if_due.
         """
-        if self.saved_step != run.state.step:
-            raise EngineError(
-                f"Training is done, but the checkpoint of its last step, {run.state.step}, could "
-                f"not be written. Make room on the disk and resume the job."
-            )
+        assert self.saved_step == run.state.step, "the last checkpoint has been waited for"
         source = checkpoint_path(self._folder, run.state.step)
         if run.state.best_step is not None:
             best = checkpoint_path(self._folder, run.state.best_step)
@@ -113,13 +125,9 @@ class CheckpointKeeper:
             except DamagedCheckpoint as error:
                 message = f"{best.name}, the best, is lost: {error}. The result is {source.name}."
                 yield run.note("warn", message)
-        try:
-            path = yield from in_thread(lambda: publish_final(self._folder, source))
-        except OSError as error:
-            raise EngineError(
-                f"The result could not be written: {error}. Make room on the disk and resume the "
-                f"job."
-            ) from error
+        path = yield from _until_written(
+            run, lambda: publish_final(self._folder, source), check_stop
+        )
         weights = self._weights.get(str(source))
         if weights is not None:
             self._weights[str(path)] = weights
@@ -132,6 +140,25 @@ class CheckpointKeeper:
             best = str(checkpoint_path(self._folder, run.state.best_step))
             kept = {name: known for name, known in self._weights.items() if name == best}
         self._weights = {**kept, path: weights}
+
+
+def _until_written(run: Run, write: Callable[[], T], check_stop: Callable[[], None]) -> Slices[T]:
+    """Write at the end of a run, as often as it takes: a full disk is told of and waited for."""
+    has_told = False
+    while True:
+        try:
+            return (yield from in_thread(write))
+        except OSError as error:
+            message = (
+                f"The result could not be written: {error}. The job tries again every {RETRY_S} s; "
+                f"make room on the disk, or cancel it."
+            )
+        if not has_told:
+            yield run.note("error", message)
+        has_told = True
+        for _ in range(RETRY_S):
+            check_stop()
+            yield from in_thread(lambda: time.sleep(1.0))
 
 
 def in_thread(work: Callable[[], T]) -> Generator[None, None, T]:

@@ -6,12 +6,14 @@ resolved config says what was chosen: engine/train/defaults.py works it out from
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from engine.config import require
 
 Method = Literal["supervised", "reward", "dpo", "grpo"]
+MAX_NUMBER = 2**31
+"""What every number here is less than."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +30,8 @@ class TrainConfig:
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) (arXiv:2312.03732)."""
     dropout: float | None = None
-    """Dropout on the updates' input; by default 0.1 up to 13B parameters, 0.05 above."""
+    """Dropout on the updates' input; by default 0.1 up to 13B parameters, 0.05 above, and none for
+    dpo and grpo."""
     target_modules: tuple[str, ...] = ()
     """Linear layer to adapt, the last parts of its name (q_proj, mlp.up_proj) or a regular
     expression for its whole name; may be repeated. All linear layers by default."""
@@ -96,6 +99,11 @@ class TrainConfig:
     """grpo: how far a token's probability may move within one batch of answers."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float):
+                # JSON has no infinity, and a database's integers end somewhere.
+                require(abs(value) < MAX_NUMBER, field.name, f"less than {MAX_NUMBER}", value)
         positive = ("rank", "alpha", "temperature", "beta", "adam_epsilon", "clip_epsilon")
         counts = ("keep_checkpoints", "num_generations", "max_completion_tokens")
         for name in (*positive, *counts):

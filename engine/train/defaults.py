@@ -10,7 +10,7 @@ import torch
 from engine.errors import RequestError
 from engine.memory import available_device_bytes
 from engine.model_config import ModelSpec
-from engine.train.config import TrainConfig
+from engine.train.config import MAX_NUMBER, TrainConfig
 
 LARGE_MODEL = 20_000_000_000
 """Parameters from which the paper's smaller learning rate and dropout hold (33B and 65B)."""
@@ -49,7 +49,7 @@ def resolve(
         device:        the base's.
 
     Raises:
-        RequestError: max_seq_len is more than the model holds.
+        RequestError: max_seq_len is more than the model holds, or there would be no end of steps.
     """
     if config.max_seq_len is not None and config.max_seq_len > max_model_len:
         raise RequestError(
@@ -58,16 +58,22 @@ def resolve(
             param="max_seq_len",
         )
     is_large = num_parameters(spec) >= LARGE_MODEL
-    rate = 1e-4 if is_large else 2e-4
+    rate, dropout = (1e-4, 0.05) if is_large else (2e-4, 0.1)
     if config.method in ("dpo", "grpo"):
-        rate /= 10
+        # The policy is compared with a reference, or with the answers that it drew, without noise.
+        rate, dropout = rate / 10, 0.0
     batch_size = config.batch_size or _batch_size(num_samples)
     steps_per_epoch = math.ceil(num_samples / batch_size)
     num_epochs = config.num_epochs or _num_epochs(steps_per_epoch)
     max_steps = config.max_steps or max(1, math.ceil(steps_per_epoch * num_epochs))
+    if max_steps >= MAX_NUMBER:
+        raise RequestError(
+            f"num_epochs is {num_epochs:g}, which makes {max_steps:,} steps. Lower it.",
+            param="num_epochs",
+        )
     return dataclasses.replace(
         config,
-        dropout=(0.05 if is_large else 0.1) if config.dropout is None else config.dropout,
+        dropout=dropout if config.dropout is None else config.dropout,
         learning_rate=config.learning_rate or rate,
         batch_size=batch_size,
         num_epochs=max_steps / steps_per_epoch,

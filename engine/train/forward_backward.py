@@ -1,34 +1,22 @@
-"""One micro-batch through the layers and back, in slices, so that others may run in between.
+"""One micro-batch there and back, in slices, so that others may run in between.
 
-Forward keeps the input of each layer; backward takes the layers in reverse and computes one of them
-again, this time with a graph. (Gradient checkpointing as the loop's shape.) As many of the last
-layers as a few hundred megabytes hold keep their graph from the forward pass and are spared that.
 No context manager is held across a yield: whether gradients are recorded is the thread's state, and
 the thread is the server's.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from engine.model import CausalLM
 from engine.train.adapter import TrainableAdapter
 from engine.train.batch import StepResult, TokenBatch
 from engine.train.head import HeadResult, run_head
-from engine.train.layer import (
-    TokenContext,
-    activation_bytes,
-    attention_half,
-    mlp_half,
-    token_context,
-)
-from engine.train.noise import noise_seed, uniform_noise
+from engine.train.layer import activation_bytes, token_context
+from engine.train.layer_pass import LayerGraph, back_through_layers, embed, run_layers
 from engine.train.objectives import (
     Metrics,
     Objective,
@@ -42,17 +30,6 @@ from engine.train.updates import Updates, fixed_updates, training_updates
 
 KEPT_BYTES = 512 << 20
 """Of activations that need not be computed again."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerGraph:
-    """One layer as autograd recorded it, in two halves; [num_tokens, hidden_size] each."""
-
-    before: Tensor
-    between: Tensor
-    middle: Tensor
-    """between's values, where the MLP's half begins."""
-    after: Tensor
 
 
 def forward_backward(
@@ -87,17 +64,17 @@ def forward_backward(
     reference = yield from _reference_logps(model, batch, objective)
     updates = training_updates(adapter, seed=seed, denominator=denominator)
     context = token_context(model, batch)
-    hidden = _embed(model, batch, adapter.config.neftune_alpha, seed)
+    hidden = embed(model, batch, adapter.config.neftune_alpha, seed)
     num_kept = kept_bytes // activation_bytes(model, batch, updates)
     saved: list[Tensor | LayerGraph] = []
-    hidden = yield from _forward(model, hidden, context, updates, saved, num_kept)
+    hidden = yield from run_layers(model, hidden, context, updates, saved, num_kept)
     if objective.method == "reward":
         loss, metrics, grad = _score_gradient(model, adapter, batch, hidden, updates.grad_scale)
     else:
         loss, metrics, grad = yield from _token_gradient(model, batch, objective, hidden, reference)
     del hidden
     yield
-    yield from _backward(model, saved, grad, context, updates)
+    yield from back_through_layers(model, saved, grad, context, updates)
     return _result(objective, batch, loss, metrics)
 
 
@@ -152,88 +129,8 @@ def _reference_logps(
 def _run(model: CausalLM, batch: TokenBatch, updates: Updates) -> Generator[None, None, Tensor]:
     """Forward alone: the residual stream after the last layer."""
     context = token_context(model, batch)
-    hidden = _embed(model, batch, 0.0, 0)
-    return (yield from _forward(model, hidden, context, updates))
-
-
-def _embed(model: CausalLM, batch: TokenBatch, neftune_alpha: float, seed: int) -> Tensor:
-    """[num_tokens, hidden_size], with NEFTune's noise (arXiv:2310.05914) where it is asked for."""
-    with torch.no_grad():
-        hidden = functional.embedding(batch.input_ids, model.embed_tokens)
-        if neftune_alpha:
-            scales = [
-                neftune_alpha / math.sqrt(length * model.spec.hidden_size)
-                for length in batch.lengths
-                for _ in range(length)
-            ]
-            by_token = torch.tensor(scales, device=hidden.device)
-            hidden = hidden + uniform_noise(hidden, by_token, noise_seed(seed, "embedding"))
-        return hidden
-
-
-def _forward(
-    model: CausalLM,
-    hidden: Tensor,
-    context: TokenContext,
-    updates: Updates,
-    saved: list[Tensor | LayerGraph] | None = None,
-    num_kept: int = 0,
-) -> Generator[None, None, Tensor]:
-    """The residual stream after the last layer. Where something is to be saved: the graphs of the
-    last num_kept layers, the inputs of those below.
-    """
-    for index in range(model.spec.num_layers):
-        if saved is not None and index >= model.spec.num_layers - num_kept:
-            graph = yield from _record(model, index, hidden, context, updates)
-            saved.append(graph)
-            hidden = graph.after.detach()
-            continue
-        if saved is not None:
-            saved.append(hidden)
-        with torch.no_grad():
-            hidden = attention_half(model, index, hidden, context, updates)
-        yield
-        with torch.no_grad():
-            hidden = mlp_half(model, index, hidden, updates)
-        yield
-    return hidden
-
-
-def _record(
-    model: CausalLM, index: int, hidden: Tensor, context: TokenContext, updates: Updates
-) -> Generator[None, None, LayerGraph]:
-    """Run a layer with a graph."""
-    before = hidden.detach().requires_grad_()
-    with torch.enable_grad():
-        between = attention_half(model, index, before, context, updates)
-    yield
-    middle = between.detach().requires_grad_()
-    with torch.enable_grad():
-        after = mlp_half(model, index, middle, updates)
-    yield
-    return LayerGraph(before, between, middle, after)
-
-
-def _backward(
-    model: CausalLM,
-    saved: list[Tensor | LayerGraph],
-    grad: Tensor,
-    context: TokenContext,
-    updates: Updates,
-) -> Generator[None, None, None]:
-    """From the gradient of the last layer's output down to the lowest layer that is adapted."""
-    lowest = min(
-        index for index, layer in enumerate(model.layers) if updates.touches(layer.projections)
-    )
-    for index in reversed(range(lowest, model.spec.num_layers)):
-        graph = saved.pop()
-        if isinstance(graph, Tensor):
-            graph = yield from _record(model, index, graph, context, updates)
-        (grad,) = torch.autograd.grad(graph.after, graph.middle, grad)
-        yield
-        (grad,) = torch.autograd.grad(graph.between, graph.before, grad)
-        del graph
-        yield
+    hidden = embed(model, batch, 0.0, 0)
+    return (yield from run_layers(model, hidden, context, updates))
 
 
 def _label_logps(

@@ -16,9 +16,9 @@ from engine.model import CausalLM
 from engine.train.projection import base_projection, projection_backward
 from kernels.label_logps import label_logps
 
-LOGITS_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
-"""Of one chunk's logits, counted as float32: enough to keep the device busy. A chunk is a slice, so
-on a CPU it should be short."""
+LOGITS_BYTES = {"cpu": 16 << 20, "cuda": 32 << 20}
+"""Of one chunk's logits, counted as float32: enough to keep the device busy. A chunk is two slices,
+there and back, which should be short on a CPU."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +60,8 @@ def run_head(
             logits = base_projection(hidden[rows], model.lm_head)
             slopes = None if coefficients is None else coefficients[rows]
             logps[rows], is_correct[rows] = label_logps(logits, labels[rows], slopes, temperature)
-            if grad is not None:  # the logits have become their own gradient
+        if grad is not None:
+            yield
+            with torch.no_grad():  # the logits have become their own gradient
                 grad[rows] = projection_backward(logits, model.lm_head)
     return HeadResult(logps, is_correct, grad)

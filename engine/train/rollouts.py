@@ -35,6 +35,8 @@ from engine.train.noise import noise_seed
 if TYPE_CHECKING:
     from engine.engine import Engine
 
+STEP_TOKENS = 256
+"""In a step of our own at most, without clients: one that comes then waits for no long prompts."""
 POLICY_UID = -1
 """Of the policies in the pool; published adapters have positive ones."""
 PREFIX = "rollout/"
@@ -151,7 +153,9 @@ class EngineRollouts:
     def step(self) -> StepOutput:
         """The next step of the engine: of the clients' tokens alone where there are any. Returns
         what is for the clients."""
-        return self._take(self._engine.step("clients" if self.are_beside_clients else "all"))
+        if self.are_beside_clients:
+            return self._take(self._engine.step("clients"))
+        return self._take(self._engine.step("all", STEP_TOKENS if self._open else None))
 
     def own_step(self, max_num_tokens: int) -> StepOutput:
         """A step of our tokens alone, so many at most; it may bring something for a client."""

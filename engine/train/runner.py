@@ -13,9 +13,8 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Hashable
-from types import GeneratorType
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from typing import Literal, Protocol
 
 import torch
 
@@ -35,6 +34,7 @@ from engine.train.checkpoint_keeper import in_thread
 from engine.train.out_of_memory import with_smaller_batches
 from engine.train.rollouts import EngineRollouts
 from engine.train.run import Slices
+from engine.train.slices import Pace, is_at, is_inside, suspended_at
 from engine.train.stall_budget import StallBudget
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class JobRunner:
         self._source = source
         self._budget = StallBudget(max_stall_s)
         self._clock = clock
-        self._pace = _Pace(device)
+        self._pace = Pace(device)
         self._job: TrainingJob | None = None
         self._trainer: Trainer | None = None
         self._slices: Slices[None] | None = None
@@ -153,7 +153,7 @@ class JobRunner:
         """Have the trainer give up the micro-batch that it is in the middle of, for a step that
         finds no memory; whether there was one. It goes on as if its own memory had run out: with
         smaller ones."""
-        if self._slices is None or not _is_inside(with_smaller_batches, self._slices):
+        if self._slices is None or not is_inside(with_smaller_batches, self._slices):
             return False
         error = torch.OutOfMemoryError("The streams needed the memory.")
         self._note(functools.partial(self._slices.throw, error))
@@ -186,7 +186,7 @@ class JobRunner:
 
     def _advance_beside_streams(self) -> None:
         while self.has_work and self._slices is not None:
-            kind = _suspended_at(self._slices)
+            kind = suspended_at(self._slices)
             if not self._budget.may_run(kind):
                 return
             started_s = self._clock()
@@ -197,7 +197,7 @@ class JobRunner:
             if self._slices is None:
                 return
             self._tell_of_stalls(elapsed_s)
-            if _chain(self._slices)[-1].gi_code is in_thread.__code__:
+            if is_at(in_thread, self._slices):
                 return  # data are read or a checkpoint is written: more slices would only wait
 
     def _draw(self, *, has_streams: bool) -> None:
@@ -218,7 +218,10 @@ class JobRunner:
             self._budget.pay(kind, elapsed_s)
             if elapsed_s > self._budget.max_stall_s:
                 self._max_rollout_tokens = max(1, self._max_rollout_tokens // 2)
-            elif elapsed_s < self._budget.max_stall_s / 4:
+            elif (
+                elapsed_s < self._budget.max_stall_s / 4
+                and output.stats.num_step_tokens == self._max_rollout_tokens
+            ):
                 self._max_rollout_tokens *= 2
 
     def _slice(self) -> None:
@@ -241,6 +244,7 @@ class JobRunner:
         if isinstance(event, TrainingEnded):
             self._slices.close()
             self._slices = self._job = None  # the trainer stays: its weights may be asked for
+            torch.cuda.empty_cache()  # what the job held, for the streams
 
     def _tell_of_stalls(self, elapsed_s: float) -> None:
         """Say once per job that slices are longer than streams are meant to wait."""
@@ -262,7 +266,6 @@ class JobRunner:
 def _failed(job: TrainingJob, error: Exception) -> TrainingEnded:
     """The last word on a job that has raised."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        torch.cuda.empty_cache()  # what it held, for the streams
         error = NotEnoughMemory(f"Training ran out of memory: {error}")
     if isinstance(error, EngineError):
         info = error.info()
@@ -271,46 +274,3 @@ def _failed(job: TrainingJob, error: Exception) -> TrainingEnded:
         message = f"Training failed: {type(error).__name__}: {error}"
         info = ErrorInfo(code=EngineError.code, message=message)
     return TrainingEnded(job_id=job.job_id, status="failed", error=info)
-
-
-class _Pace:
-    """How far the host may run ahead of the device: a slice is only queued when it returns."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
-        self._last: torch.cuda.Event | None = None
-
-    def wait(self) -> None:
-        """Until all that was queued has run."""
-        if self._is_cuda:
-            torch.cuda.synchronize()
-            self._last = None
-
-    def let_run_ahead(self) -> None:
-        """Until all but the last slice has run: the device has work, a newcomer waits for one."""
-        if self._is_cuda:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            if self._last is not None:
-                self._last.synchronize()
-            self._last = event
-
-
-def _suspended_at(slices: Slices[None]) -> Hashable:
-    """Where a generator, or the one that it delegates to, goes on: the kind of its next slice."""
-    inner = _chain(slices)[-1]
-    return inner.gi_code, inner.gi_frame and inner.gi_frame.f_lineno
-
-
-def _is_inside(function: Callable[..., Any], slices: Slices[None]) -> bool:
-    """Whether a generator is in the middle of what this function delegates to."""
-    code = function.__code__
-    return any(inner.gi_code is code for inner in _chain(slices)[:-1])
-
-
-def _chain(slices: Slices[None]) -> list[Any]:
-    """A generator, the one that it delegates to, and so on."""
-    chain: list[Any] = [slices]
-    while isinstance(chain[-1].gi_yieldfrom, GeneratorType):
-        chain.append(chain[-1].gi_yieldfrom)
-    return chain

@@ -20,7 +20,8 @@ def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
 
 
 def _factor(config: TrainConfig, step: int, num_steps: int) -> float:
-    num_warmup_steps = math.ceil(config.warmup_ratio * num_steps)
+    # A single step has no warm-up: its rate would be 0.
+    num_warmup_steps = math.ceil(config.warmup_ratio * num_steps) if num_steps > 1 else 0
     if step < num_warmup_steps:
         return step / num_warmup_steps
     num_falling_steps = max(1, num_steps - num_warmup_steps)

@@ -95,7 +95,7 @@ class Trainer:
         """Train. Yields None between slices and events as they happen; the last is a TrainingEnded.
 
         Raises:
-            EngineError: the job cannot be run, or its result cannot be written.
+            EngineError: the job cannot be run.
             RuntimeError: whatever the device says.
         """
         run, notes = yield from in_thread(self._prepare)
@@ -110,15 +110,17 @@ class Trainer:
         )
         for note in notes:
             yield run.note("info", note)
+        if run.state.step:
+            yield self._keeper.event(run)  # who was killed meanwhile may not have heard of it
         try:
             yield from self._loop(run)
+            path = yield from self._keeper.publish(run, self._check_stop)
         except _Stopped:
             if run.state.step != self._keeper.saved_step:
                 yield from self._keeper.save(run)
             assert self._stop_status is not None
             yield self._ended(run, self._stop_status)
             return
-        path = yield from self._keeper.publish(run)
         yield self._ended(run, "succeeded", str(path))
 
     def _prepare(self) -> tuple[Run, list[str]]:
@@ -144,7 +146,7 @@ class Trainer:
             if has_news:
                 per_step_s = (self._clock() - started_s) / max(1, run.state.step - first_step)
                 yield self._progress(run, per_step_s)
-            yield from self._keeper.save_if_due(run)
+            yield from self._keeper.save_if_due(run, self._check_stop)
             if run.is_finished:
                 return
             self._check_stop()

@@ -58,8 +58,10 @@ def _candidates() -> list[tuple[str, Implementation, Callable[..., str | None]]]
         portable,
         rotary,
         rows,
+        rows_backward,
         sampling,
         selftest,
+        selftest_training,
     )
     from kernels.gpu import selftest_layers as layers
 
@@ -102,6 +104,14 @@ def _candidates() -> list[tuple[str, Implementation, Callable[..., str | None]]]
         entry(
             "silu_and_mul", "triton", rows.silu_and_mul, rows.accepts_silu_and_mul,
             layers.silu_and_mul,
+        ),
+        entry(
+            "rms_norm_backward", "triton", rows_backward.rms_norm_backward,
+            rows_backward.accepts_rms_norm_backward, selftest_training.rms_norm_backward,
+        ),
+        entry(
+            "silu_and_mul_backward", "triton", rows_backward.silu_and_mul_backward,
+            rows_backward.accepts_silu_and_mul_backward, selftest_training.silu_and_mul_backward,
         ),
         entry(
             "truncate", "triton", sampling.truncate, sampling.accepts_truncate, layers.truncate

@@ -42,6 +42,7 @@ from server.metrics import Metrics
 from server.state import ServerState
 from server.tokenizer import Tokenizer
 
+LINEAR_LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "lm_head")
 BOS, EOS = 256, 257
 CHATML = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -217,8 +218,10 @@ def build_state(
     engine = engine or FakeEngine()
     metrics = Metrics("base")
     spec: Any = SimpleNamespace(
-        tensor_shapes=dict, dtype=torch.float32, hidden_size=8, intermediate_size=8, num_layers=1
-    )
+        tensor_shapes=dict, dtype=torch.float32, hidden_size=8, intermediate_size=8, num_layers=1,
+        linear_shapes=lambda: dict.fromkeys(LINEAR_LAYERS, (8, 8)),
+        layer_linear_shapes=lambda: {"self_attn.q_proj": (8, 8)},
+    )  # fmt: skip
     adapters = Adapters(spec, engine, metrics, reserved_names=("base",))
     server_config = ServerConfig(**config)  # type: ignore[arg-type]
     if data_dir is None:

@@ -6,11 +6,13 @@ import io
 import shutil
 import sqlite3
 import time
+from pathlib import Path
 
 import openai
 import pytest
 
 from engine.api import ErrorInfo, TrainingEnded
+from engine.errors import AdapterError
 from server.datasets.problems import DatasetErrors, Problem
 from tests.server.fake_engine import add_adapter
 from tests.server.job_fixtures import (
@@ -252,9 +254,15 @@ async def test_a_job_that_cannot_be_is_refused(fields, param):
         ("supervised", {"rank": 0}, "rank", "positive"),
         ("supervised", {"rank": "8"}, "rank", "valid integer"),
         ("supervised", {"rank": 8.5}, "rank", "valid integer"),
-        ("supervised", {"n_epochs": 0}, "n_epochs", "positive"),
+        ("supervised", {"n_epochs": 0}, "n_epochs", "n_epochs: expected a positive"),
+        ("supervised", {"target_modules": ["magic_proj"]}, "target_modules", "matches no linear"),
+        ("supervised", {"target_modules": ["lm_head"]}, "target_modules", "is the head"),
+        ("reward", {"target_modules": ["("]}, "target_modules", "regular expression"),
+        ("dpo", {"early_stopping_patience": 2}, "early_stopping_patience", "validation_file"),
         ("supervised", {"max_seq_len": 513}, "max_seq_len", "512"),
         ("supervised", {"learning_rate_multiplier": 0}, "learning_rate_multiplier", "more than 0"),
+        ("supervised", {"n_epochs": 1e300}, "n_epochs", "less than 2147483648"),
+        ("supervised", {"batch_size": 2**31}, "batch_size", "less than 2147483648"),
         ("supervised", {"optimizer": "sgd"}, "optimizer", "adamw"),
         ("supervised", {"seed": 1}, "seed", "of the job itself"),
         ("supervised", {"packing": 1}, "packing", "boolean"),
@@ -272,6 +280,20 @@ async def test_hyperparameters_are_checked_by_name_and_value(method, given, name
         with pytest.raises(openai.BadRequestError, match=text) as caught:
             await create(h.client, method=body)
         assert caught.value.param == f"method.{method}.hyperparameters.{name}"
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "learning_rate_multiplier", "neftune_alpha"])
+@pytest.mark.parametrize("number", ["1e400", "NaN"])
+async def test_numbers_that_json_cannot_show_again_are_refused(name, number):
+    async with herd() as h:
+        body = (
+            f'{{"model": "base", "training_file": "{await upload(h.client)}", '
+            f'"hyperparameters": {{"{name}": {number}}}}}'
+        )
+        response = await h.http.post("/v1/fine_tuning/jobs", content=body)
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["param"].endswith(name)
+        assert (await h.client.fine_tuning.jobs.list()).data == []
 
 
 async def test_a_file_of_another_purpose_is_refused():
@@ -417,7 +439,8 @@ async def test_training_goes_on_after_the_workers_death_without_a_step_twice():
         lives.append(job)
         if len(lives) == 1:
             return [started(job), progress(job, 1), checkpoint(job, 1), progress(job, 2), died(job)]
-        return [started(job, step=1), *[progress(job, n) for n in (2, 3, 4)], succeeded(job)]
+        again = [started(job, step=1), checkpoint(job, 1)]
+        return [*again, *[progress(job, n) for n in (2, 3, 4)], succeeded(job)]
 
     async with herd(training_engine(train)) as h:
         job = await create(h.client)
@@ -426,7 +449,9 @@ async def test_training_goes_on_after_the_workers_death_without_a_step_twice():
         events = (await h.client.fine_tuning.jobs.list_events(job.id, limit=100)).data
         steps = [event.data["step"] for event in events if event.type == "metrics"]
         assert steps == [4, 3, 2, 1]
-        assert "Training goes on from step 1 of 4" in [event.message for event in events]
+        messages = [event.message for event in events]
+        assert "Training goes on from step 1 of 4" in messages
+        assert sum(message.startswith("Checkpoint created") for message in messages) == 1
 
 
 async def test_a_job_that_kills_every_worker_fails():
@@ -485,6 +510,7 @@ async def test_a_new_server_lists_the_models_and_loads_them_when_they_are_used(t
         assert len(h.engine.loaded) == 2
         deleted = await h.client.models.delete(name)
         assert deleted.deleted
+        assert not list(tmp_path.glob("jobs/*/final"))
         with pytest.raises(openai.NotFoundError):
             await h.client.chat.completions.create(model=name, messages=QUESTION)
     async with herd(data_dir=tmp_path) as h:
@@ -555,6 +581,39 @@ async def test_a_full_disk_costs_the_results_file_and_not_the_job(monkeypatch):
         assert any("results file could not be written" in event.message for event in events)
 
 
+async def test_a_copy_that_finds_no_room_costs_no_job(monkeypatch):
+    async with herd() as h:
+
+        def full(*_args, **_options):
+            raise AdapterError("cannot be copied") from OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(h.state.registry, "prepare", full)
+            job = await create(h.client)
+            done = await until_status(h.client, job.id, "succeeded")
+        events = [e.message async for e in await h.client.fine_tuning.jobs.list_events(job.id)]
+        assert any("will be loaded when it is first used" in message for message in events)
+        await h.client.chat.completions.create(model=done.fine_tuned_model, messages=QUESTION)
+
+
+async def test_what_only_a_running_job_needs_goes_when_it_ends(tmp_path):
+    def run(job):
+        saved = checkpoint(job, 2)
+        Path(saved.path, "trainer_state.safetensors").touch()
+        return [started(job), saved, succeeded(job)]
+
+    async with herd(training_engine(run), data_dir=tmp_path) as h:
+        job = await create(h.client)
+        done = await until_status(h.client, job.id, "succeeded")
+        folder = tmp_path / "jobs" / job.id
+        await until(lambda: not (folder / "train.safetensors").exists())
+        await until(lambda: not list(folder.glob("*/trainer_state.safetensors")))
+        name = f"{done.fine_tuned_model}:ckpt-step-2"
+        await h.client.completions.create(model=name, prompt="x")
+        await h.client.models.delete(name)
+        assert sorted(path.name for path in folder.iterdir()) == ["final"]
+
+
 async def test_no_room_for_the_tokens_fails_the_job_clearly():
     def prepare(_path, **_settings):
         raise OSError(28, "No space left on device")
@@ -605,6 +664,7 @@ async def test_training_goes_on_from_an_adapter_as_it_was_then(tmp_path):
         assert told.start_from == told.reference
         assert told.start_from.uid < 0
         assert told.start_from.path.startswith(told.folder)
+        await until(lambda: not Path(told.start_from.path).exists())  # nobody needs it any more
         assert told.config.rank == record.info.rank
         assert told.config.target_modules == ("q_proj",)
         method = {"type": "supervised", "supervised": {"hyperparameters": {"rank": 3}}}

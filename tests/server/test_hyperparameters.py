@@ -46,12 +46,13 @@ def test_what_the_trainer_chose_is_shown():
     assert (config.rank, config.eval_every_steps, multiplier) == (8, 7, 2.0)
     chosen = dataclasses.replace(config, num_epochs=2.5, batch_size=4, learning_rate=4e-5)
     assert shown(chosen, given) == {
-        "n_epochs": 2.5,
+        "n_epochs": 3,
         "batch_size": 4,
         "rank": 8,
         "eval_interval": 7,
         "learning_rate_multiplier": 2,
     }
+    assert shown(chosen, {"n_epochs": 2.5})["n_epochs"] == 2.5
     whole = dataclasses.replace(chosen, num_epochs=2.0)
     assert repr(shown(whole, {})["n_epochs"]) == "2"
     assert shown(whole, {})["learning_rate_multiplier"] == 1.0

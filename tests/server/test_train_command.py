@@ -84,6 +84,15 @@ def test_a_policy_is_trained_against_a_reward_adapter_that_was_trained_here(
     assert read_adapter(policy / "final", SPEC).modules
 
 
+def test_dpo_stays_close_to_the_adapter_that_it_starts_from(files, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    flags = ("--data", files["answers"], "--max-steps", "3", "--learning-rate", "0.01")
+    assert train(*flags, "--output", str(first)) == 0
+    flags = ("--method", "dpo", "--data", files["pairs"], "--max-steps", "1")
+    assert train(*flags, "--start-from", str(first / "final"), "--output", str(second)) == 0
+    assert "train_loss=0.6931" in capsys.readouterr().err  # log 2: both are the same
+
+
 def test_every_problem_of_both_files_is_told_before_anything_is_loaded(files, tmp_path, capsys):
     flags = ("--data", files["broken"], "--validation-file", files["pairs"])
     assert train(*flags, "--output", str(tmp_path / "out")) == 1
@@ -100,6 +109,7 @@ def test_every_problem_of_both_files_is_told_before_anything_is_loaded(files, tm
         (("--data", "x", "--output", "{out}", "--rank", "0"), "rank: expected a positive"),
         (("--data", "missing", "--output", "{out}"), "missing"),
         (("--data", "x", "--output", "{out}", "--start-from", "nobody"), "nobody"),
+        (("--data", "x", "--output", "{out}", "--kl-coefficient", "1"), "only the method grpo"),
     ],
 )
 def test_flags_that_cannot_work_are_refused(tmp_path, capsys, flags, message):

@@ -5,13 +5,9 @@ import math
 import pytest
 import torch
 
-from engine.train.forward_backward import (
-    _embed,
-    evaluate_batch,
-    forward_backward,
-    token_logps,
-)
+from engine.train.forward_backward import evaluate_batch, forward_backward, token_logps
 from engine.train.layer import activation_bytes
+from engine.train.layer_pass import embed
 from engine.train.noise import dropout_mask, noise_seed
 from engine.train.objectives import Objective, denominator_of
 from engine.train.updates import training_updates
@@ -133,7 +129,7 @@ def test_neftune_noise_stays_within_its_bound_and_only_in_training(model):
     quiet = finish(evaluate_batch(model, adapter, batch, SUPERVISED)).loss_sum
     assert quiet == pytest.approx(plain, rel=1e-6)
     assert noisy != pytest.approx(plain, rel=1e-4)
-    change = _embed(model, batch, 5.0, 0) - _embed(model, batch, 0.0, 0)
+    change = embed(model, batch, 5.0, 0) - embed(model, batch, 0.0, 0)
     for part, length in zip(change.split([13, 9]), (13, 9), strict=True):
         bound = 5.0 / math.sqrt(length * model.spec.hidden_size)
         assert 0.9 * bound < part.abs().max().item() <= 1.001 * bound
@@ -171,8 +167,8 @@ def test_a_slice_is_half_a_layer_and_holds_no_state_of_the_thread(model):
             assert stop.value == expected[0]
             break
         num_slices += 1
-    # Each layer: two halves forward, two again, two back; the head, and the turn.
-    assert num_slices == 6 * model.spec.num_layers + 2
+    # Each layer: two halves forward, two again, two back; the head there and back, and the turn.
+    assert num_slices == 6 * model.spec.num_layers + 3
     assert torch.equal(flat_grads(adapter), grads)
 
 
@@ -182,7 +178,7 @@ def test_layers_below_the_lowest_adapted_one_are_not_run_again(model):
     running = forward_backward(
         model, adapter, batch, SUPERVISED, denominator=1.0, seed=0, kept_bytes=0
     )
-    assert sum(1 for _ in running) == 2 * model.spec.num_layers + 4 + 2
+    assert sum(1 for _ in running) == 2 * model.spec.num_layers + 4 + 3
     assert [group.name for group in adapter.groups] == ["layers.1"]
 
 

@@ -156,3 +156,18 @@ def test_streams_wait_for_rollouts_no_longer_than_the_budget():
     assert max(stalls[8:]) <= 0.02 + 1e-9  # the first ones have to find out
     assert sum(stalls[8:]) / len(stalls[8:]) > 0.01
     slices.close()
+
+
+def test_steps_that_cost_nothing_do_not_make_the_next_ones_larger_without_end():
+    fake = FakeEngine(max_num_seqs=16, num_blocks=200)
+    runner = Runner(fake)
+    runner.runner.start(job())
+    runner.trainers[0].is_waiting = True
+    slices = draw(runner.rollouts)
+    next(slices)
+    fake.add("client", [1, 2, 3], max_tokens=60)
+    while runner.rollouts.are_beside_clients:
+        runner.runner.step()
+        runner.runner.advance(has_streams=True)
+    assert runner.runner._max_rollout_tokens <= 64
+    slices.close()

@@ -30,3 +30,9 @@ def test_rates_equal_those_of_transformers(schedule, warmup_ratio):
 def test_a_run_that_is_all_warm_up_rises_to_the_end():
     config = TrainConfig(learning_rate=1.0, warmup_ratio=1.0, lr_schedule="linear")
     assert [learning_rate(config, step, 4) for step in range(4)] == [0.0, 0.25, 0.5, 0.75]
+
+
+def test_a_run_of_one_step_learns_something():
+    for schedule in ("constant", "linear", "cosine"):
+        config = TrainConfig(learning_rate=1.0, lr_schedule=schedule)
+        assert learning_rate(config, 0, 1) == 1.0

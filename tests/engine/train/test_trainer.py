@@ -5,7 +5,8 @@ import torch
 
 from engine.api import TrainingCheckpoint, TrainingProgress, TrainingStarted
 from engine.errors import EngineError, NotEnoughMemory, RequestError
-from engine.train import accumulation, evaluation
+from engine.train import accumulation, evaluation, preparation
+from engine.train.objectives import make_objective
 from engine.train.out_of_memory import is_out_of_memory
 from engine.train.token_dataset import make_dataset, save_dataset
 from tests.engine.tiny_models import save_model
@@ -95,6 +96,7 @@ def test_a_job_that_was_cut_off_ends_with_the_same_bits(tmp_path, model, optimiz
     events = run_job(job, model)
     assert events[0].step == 4
     assert "Going on from checkpoint-4" in notes(events)
+    assert checkpoint_steps(events) == [4, 6]  # the first may not have been heard of
     assert same_adapter(tmp_path / "whole" / "final", tmp_path / "cut" / "final")
     assert ended(events).trained_tokens == ended(whole).trained_tokens
     assert losses(events) == losses(whole)[4:]
@@ -247,6 +249,18 @@ def test_preferences_are_learnt(tmp_path, model, method):
     assert {"valid_loss"} <= dict(progress[-1].metrics).keys()
 
 
+def test_a_frozen_reference_is_where_the_model_is(tmp_path, model, monkeypatch):
+    devices = []
+
+    def noted(config, reference, device):
+        devices.append(device)
+        return make_objective(config, reference, device)
+
+    monkeypatch.setattr(preparation, "make_objective", noted)
+    run_job(make_job(tmp_path / "job", kind="preference", method="dpo", max_steps=1), model)
+    assert devices == [model.device]
+
+
 # What goes wrong.
 
 
@@ -382,13 +396,47 @@ def test_a_best_checkpoint_that_could_not_be_written_is_not_the_best(tmp_path, m
     assert same_adapter(tmp_path / "job" / "final", tmp_path / "job" / "checkpoint-6")
 
 
-def test_a_disk_that_is_full_to_the_end_fails_the_job(tmp_path, model):
+def test_a_disk_that_is_full_at_the_end_is_waited_for(tmp_path, model, monkeypatch):
+    naps = []
+    monkeypatch.setattr("engine.train.checkpoint_keeper.time.sleep", naps.append)
+
+    def write(path, weights, config):
+        if len(naps) < 15:
+            raise OSError(28, "No space left on device")
+        write_plain(path, weights, config)
+
+    script_losses(monkeypatch, 3.0, 2.0, 1.0)
+    events = run_job(make_job(tmp_path / "job", validation=True), model, write_adapter=write)
+    assert notes(events).count("The result could not be written") == 1
+    assert [(event.step, event.is_best) for event in of(events, TrainingCheckpoint)] == [(6, True)]
+    assert ended(events).status == "succeeded"
+    assert same_adapter(tmp_path / "job" / "final", tmp_path / "job" / "checkpoint-6")
+
+
+def test_a_job_that_waits_for_the_disk_can_be_stopped_and_resumed(tmp_path, model, monkeypatch):
+    monkeypatch.setattr("engine.train.checkpoint_keeper.time.sleep", lambda _seconds: None)
+
     def write(_path, _weights, _config):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(EngineError, match="Make room on the disk and resume the job"):
-        run_job(make_job(tmp_path / "job"), model, write_adapter=write)
+    trainer = make_trainer(make_job(tmp_path / "job"), model, write_adapter=write)
+    events = []
+    for event in trainer.run():
+        if event is not None:
+            events.append(event)
+        if "The result could not be written" in notes(events):
+            trainer.stop("paused")
+    assert ended(events).status == "paused"
     assert list((tmp_path / "job").iterdir()) == []
+    assert ended(run_job(make_job(tmp_path / "job"), model)).status == "succeeded"
+
+
+def test_an_adapter_that_the_host_cannot_hold_is_refused_before_it_is_made(
+    tmp_path, model, monkeypatch
+):
+    monkeypatch.setattr("engine.train.preparation.available_host_bytes", lambda: 10_000_000)
+    with pytest.raises(NotEnoughMemory, match=r"rank 4000 .*Lower rank"):
+        run_job(make_job(tmp_path / "job", rank=4000), model)
     assert ended(run_job(make_job(tmp_path / "job"), model)).status == "succeeded"
 
 

@@ -49,6 +49,20 @@ def test_policies_learn_at_a_tenth_of_the_rate(spec):
         assert resolved(spec, method=method).learning_rate == pytest.approx(2e-5)
 
 
+def test_a_run_has_an_end(spec):
+    with pytest.raises(RequestError, match="num_epochs is 1e"):
+        resolved(spec, num_samples=16000, num_epochs=1e9)
+    for name, value in {"learning_rate": float("inf"), "max_steps": 2**31}.items():
+        with pytest.raises(ValueError, match=f"{name}: expected less than"):
+            TrainConfig(**{name: value})
+
+
+def test_a_policy_drops_nothing_for_its_reference_does_not(spec):
+    for method in ("dpo", "grpo"):
+        assert resolved(spec, method=method).dropout == 0.0
+        assert resolved(spec, method=method, dropout=0.1).dropout == 0.1
+
+
 def test_nothing_is_left_open_but_patience(spec):
     config = resolved(spec)
     open_fields = [f.name for f in dataclasses.fields(config) if getattr(config, f.name) is None]

@@ -37,7 +37,7 @@ from engine.lora_source import LoraSource
 from engine.startup import create_engine, create_runner
 from engine.train.config import TrainConfig
 from engine.train.out_of_memory import with_smaller_batches
-from engine.train.runner import _is_inside
+from engine.train.slices import is_inside
 from engine.train.token_dataset import make_dataset, save_dataset
 from engine.worker import serve
 from tests.engine.tiny_models import save_model
@@ -312,7 +312,7 @@ def test_training_gives_its_memory_to_a_step_that_finds_none(worker, tmp_path):
     call, failed = worker.engine.model.forward, []
 
     def forward(*args):
-        if not failed and _is_inside(with_smaller_batches, worker.runner._slices):
+        if not failed and is_inside(with_smaller_batches, worker.runner._slices):
             failed.append(1)
             raise torch.OutOfMemoryError("no room")
         return call(*args)
