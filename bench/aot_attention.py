@@ -12,9 +12,9 @@ import triton.language as tl
 
 from bench.aot_linear import Case
 from kernels.gpu import device
-from kernels.gpu.attention import MAX_QUERIES, SPLITS_AT_ONCE
+from kernels.gpu.attention import SPLITS_AT_ONCE
 from kernels.gpu.attention_kernel import chunk_kernel, join_kernel, split_kernel
-from kernels.paged_attention import KV_SPLIT
+from kernels.paged_attention import KV_SPLIT, MAX_SPLIT_QUERIES
 
 SHARED = {
     "block_tables": "*i32", "context_lens": "*i32", "cu_seqlens_q": "*i32",
@@ -39,7 +39,7 @@ def attention_case(
     num_warps = plan.split_warps if what == "split" else plan.chunk_warps
     types = SHARED | {"q": f"*{q}", "k_cache": f"*{stored}", "v_cache": f"*{stored}"}
     constants: dict[str, Any] = {
-        "QUERIES": MAX_QUERIES, "WINDOWED": windowed, "HEAD_DIM": head_dim,
+        "QUERIES": MAX_SPLIT_QUERIES, "WINDOWED": windowed, "HEAD_DIM": head_dim,
         "HALF": triton.next_power_of_2(head_dim // 2),
         "BLOCK_SIZE": block_size, "KEYS": keys, "FP8": is_fp8, "ASM": True, "ROWS": rows,
         "DTYPE": tl.bfloat16 if stored == "bf16" else tl.float16, "PRECISION": "ieee",
@@ -72,8 +72,8 @@ def join_case(arch: int) -> Case:
         "max_splits": "i32", "out_stride": "i32",
     }  # fmt: skip
     constants = {
-        "QUERIES": MAX_QUERIES, "ROOM": 1, "WINDOWED": False, "SPLIT": KV_SPLIT, "HEAD_DIM": 128,
-        "HALF": 64, "FP8": False, "AT_ONCE": SPLITS_AT_ONCE,
+        "QUERIES": MAX_SPLIT_QUERIES, "ROOM": 1, "WINDOWED": False, "SPLIT": KV_SPLIT,
+        "HEAD_DIM": 128, "HALF": 64, "FP8": False, "AT_ONCE": SPLITS_AT_ONCE,
     }  # fmt: skip
     return Case(
         "attention join", join_kernel, types, constants, SPLITS_AT_ONCE * 128 / 32, num_warps=1,

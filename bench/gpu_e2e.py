@@ -17,6 +17,7 @@ Results go to bench/results/gpu_e2e-<device>.json after every row.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -126,6 +127,7 @@ def measure_shape(
                 yield {"shape": shape, **row}
             load.close()
             del load
+            gc.collect()  # the next one takes what this one took
             if options.device == "cuda":
                 torch.cuda.empty_cache()
     if "peer" in options.only:

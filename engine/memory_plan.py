@@ -8,7 +8,7 @@ Counts   weights, cache, adapters, masters, gradients and optimizer are exact. A
          the tensors that live at the worst moment of one layer, in the order of engine/layers.py
          and engine/train/; CONTEXT_BYTES is an assumption, said as such.
 Public   MemoryLine, serving_lines, training_lines, adapter_bytes, lora_reserve, graph_reserve,
-         activation_estimate, scratch_bytes, layer_graph_bytes
+         activation_estimate, attention_workspace, scratch_bytes, layer_graph_bytes
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from engine.config import EngineConfig, LoraConfig
 from engine.memory import estimate_weights_bytes, format_bytes
 from engine.model_config import ModelSpec
 from engine.train.config import TrainConfig
+from kernels.paged_attention import MAX_SPLIT_QUERIES, split_workspace_bytes
 
 CONTEXT_BYTES = 600_000_000
 """Assumed: CUDA's context, the libraries' handles and the compiled kernels."""
@@ -34,6 +35,8 @@ LOGIT_COPIES = 5
 index of 8 bytes."""
 MIN_LOGIT_ROWS = 256
 """Rows of logits at one time at least: prompt log-probabilities come in such pieces."""
+MANY_TOKENS = 64
+"""With more than these, projections are expanded to 16 bits: as kernels/gpu/device.py's plans."""
 HEAD_CHUNK_BYTES = 32 << 20
 """Training: float32 logits of one chunk of rows."""
 BLOCK_8BIT = 256
@@ -62,7 +65,10 @@ def serving_lines(
     num_tokens, num_seqs = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
     lines = [_weights_line(spec, quantization, dtype), _context_line()]
     scratch = scratch_bytes(spec, dtype) if quantization != "none" else 0
-    activations = activation_estimate(spec, dtype, num_tokens=num_tokens, num_seqs=num_seqs)
+    workspace = attention_workspace(spec, config, num_seqs, MAX_SPLIT_QUERIES)
+    activations = activation_estimate(
+        spec, dtype, num_tokens=num_tokens, num_seqs=num_seqs, workspace=workspace
+    )
     lines.append(
         MemoryLine(
             "activations",
@@ -152,18 +158,27 @@ def lora_reserve(spec: ModelSpec, config: LoraConfig, dtype: torch.dtype) -> int
 
 
 def graph_reserve(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype) -> int:
-    """What captured decode steps take: they share one pool, as large as the largest needs."""
+    """What captured decode steps take: they share one pool, as large as the largest needs. Each
+    recording of many rows expands projections into memory of its own."""
     sizes = config.scheduler.graph_sizes
     if config.scheduler.enforce_eager or not sizes:
         return 0
-    largest = activation_estimate(spec, dtype, num_tokens=max(sizes), num_seqs=max(sizes))
+    most = max(sizes)
+    workspace = attention_workspace(spec, config, most, 1)
+    largest = activation_estimate(spec, dtype, num_tokens=most, num_seqs=most, workspace=workspace)
+    if most > MANY_TOKENS:
+        largest += scratch_bytes(spec, dtype)
     return largest + len(sizes) * spec.num_layers * GRAPH_BYTES_PER_LAYER
 
 
 def activation_estimate(
-    spec: ModelSpec, dtype: torch.dtype, *, num_tokens: int, num_seqs: int
+    spec: ModelSpec, dtype: torch.dtype, *, num_tokens: int, num_seqs: int, workspace: int = 0
 ) -> int:
-    """A step's tensors at its worst moment: in a layer's MLP, or with the logits."""
+    """A step's tensors at its worst moment: in a layer's attention or MLP, and with the logits.
+
+    Args:
+        workspace: bytes that attention takes besides.
+    """
     size = dtype.itemsize
     hidden, inner = spec.hidden_size, spec.intermediate_size
     q_size = spec.num_heads * spec.head_dim
@@ -171,7 +186,20 @@ def activation_estimate(
     in_mlp = 3 * hidden + 3 * inner  # residual, stream, norm; gate and up, their product
     in_attention = 3 * hidden + 2 * qkv + q_size  # ... q, k, v, the rotated ones, the result
     logits = LOGIT_COPIES * 4 * max(num_seqs, MIN_LOGIT_ROWS) * spec.vocab_size
-    return num_tokens * size * max(in_mlp, in_attention) + logits
+    return max(num_tokens * size * in_mlp, num_tokens * size * in_attention + workspace) + logits
+
+
+def attention_workspace(
+    spec: ModelSpec, config: EngineConfig, num_seqs: int, num_queries: int
+) -> int:
+    """Bytes between attention's two launches, where tables reach to --max-model-len."""
+    return split_workspace_bytes(
+        num_seqs,
+        num_queries,
+        num_heads=spec.num_heads,
+        head_dim=spec.head_dim,
+        max_len=config.model.max_model_len or spec.max_context_len,
+    )
 
 
 def scratch_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:

@@ -183,7 +183,8 @@ def measure_activation_bytes(
     device: torch.device,
 ) -> int:
     """Peak memory of the largest step on CUDA, by running one, beyond what is allocated when this
-    returns. (Buffers that it has made and that are used again are allocated then.)
+    returns. (Buffers that it has made and that are used again are allocated then.) All sequences
+    but one decode, at their greatest length; the rest of the tokens are prompts.
 
     Raises:
         NotEnoughMemory: the device cannot hold that step.
@@ -198,18 +199,16 @@ def measure_activation_bytes(
         )
         cache_bytes = torch.cuda.memory_allocated(device) - before_bytes
         torch.cuda.reset_peak_memory_stats(device)
+        # All share the same blocks: what they hold does not matter here.
         items = []
-        for start in range(0, num_tokens, longest):
+        num_decodes = min(num_seqs, num_tokens) - 1
+        tokens, table = [0] * max_model_len, [0] * -(-max_model_len // block_size)
+        for _ in range(num_decodes):
+            items.append((_profiled(tokens, max_model_len - 1, table), 1))
+        table = list(range(blocks_per_seq))
+        for start in range(num_decodes, num_tokens, longest):
             length = min(longest, num_tokens - start)
-            request = GenerateRequest(
-                request_id="profile",
-                prompt_token_ids=(0,) * length,
-                params=SamplingParams(max_tokens=1),
-            )
-            sequence = Sequence(request=request, arrival=0, token_ids=[0] * length)
-            # All share the same blocks: what they hold does not matter here.
-            sequence.block_table = list(range(blocks_per_seq))
-            items.append((sequence, length))
+            items.append((_profiled([0] * length, 0, table), length))
         batch = make_batch(items, block_size=block_size, device=device)
         hidden = model(batch, kv_caches, None)
         logits = model.logits(hidden[: max(num_seqs, PROMPT_LOGPROB_ROWS)], None)
@@ -225,3 +224,12 @@ def measure_activation_bytes(
             f"Lower --max-num-batched-tokens."
         ) from error
     return peak_bytes - before_bytes - cache_bytes - kept_bytes + sampling_bytes
+
+
+def _profiled(token_ids: list[int], num_computed_tokens: int, block_table: list[int]) -> Sequence:
+    request = GenerateRequest(
+        request_id="profile", prompt_token_ids=(0,), params=SamplingParams(max_tokens=1)
+    )
+    sequence = Sequence(request=request, arrival=0, token_ids=token_ids)
+    sequence.num_computed_tokens, sequence.block_table = num_computed_tokens, block_table
+    return sequence

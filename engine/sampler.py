@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.api import TokenLogprobs
+from engine.batch import to_device
 from engine.errors import EngineError, GrammarError, RequestError
 from engine.grammar import GrammarMatcher
 from engine.sequence import Sequence
@@ -89,7 +90,7 @@ class Sampler:
         errors: dict[int, EngineError] = {}
         if plan.matchers:  # first: on a GPU the model is still running
             _fill_masks(plan, errors)
-        raw = logits[plan.logprob_rows] if plan.logprob_rows else None
+        raw = logits[plan.logprob_index] if plan.logprob_rows else None
         is_broken = ~logits.sum(dim=-1).isfinite()  # one reduction: finite logits have such a sum
         if plan.changes_logits:
             _change_logits(plan, logits)
@@ -122,6 +123,9 @@ class _Plan:
     has_drafts: bool = False
     greedy_rows: list[int] = field(default_factory=list)
     drawn_rows: list[int] = field(default_factory=list)
+    greedy_index: Tensor | None = None
+    """int64, greedy_rows on the device, and so on: a list would make indexing wait for it."""
+    drawn_index: Tensor | None = None
     seeds: Tensor | None = None  # int64 [num_drawn], on the CPU
     temperature: Tensor | None = None  # float32 [num_drawn]
     min_p: Tensor | None = None
@@ -135,6 +139,7 @@ class _Plan:
     """By row; a sequence's rows have the same."""
     bitmask: Tensor | None = None  # int32 [num_grammars, words], on the CPU
     logprob_rows: list[int] = field(default_factory=list)
+    logprob_index: Tensor | None = None
     num_logprobs: int = 0
 
     @property
@@ -167,8 +172,11 @@ def _make_plan(sequences: list[Sequence], logits: Tensor) -> _Plan:
             plan.num_logprobs = max(plan.num_logprobs, p.logprobs)
 
     def column(values: Iterable[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(list(values), dtype=dtype).to(plan.device)
+        return to_device(torch.tensor(list(values), dtype=dtype), plan.device)
 
+    plan.logprob_index = column(plan.logprob_rows, torch.int64)
+    plan.greedy_index = column(plan.greedy_rows, torch.int64)
+    plan.drawn_index = column(plan.drawn_rows, torch.int64)
     drawn = [params[row] for row in plan.drawn_rows]
     if drawn:
         plan.seeds = torch.tensor([sequences[row].seed for row in plan.drawn_rows])
@@ -256,10 +264,11 @@ def _penalise(plan: _Plan, logits: Tensor) -> None:
     assert plan.penalties is not None
     entries = [_occurrences(plan.sequences[row], plan.offsets[row]) for row in plan.penalty_rows]
     lengths = torch.tensor([len(token_ids) for token_ids, _ in entries])
-    token_ids = torch.cat([token_ids for token_ids, _ in entries]).to(plan.device)
-    counts = torch.cat([counts for _, counts in entries]).to(plan.device)
-    rows = torch.tensor(plan.penalty_rows).repeat_interleave(lengths).to(plan.device)
-    values = plan.penalties.repeat_interleave(lengths, dim=0).to(plan.device)
+    token_ids = torch.cat([token_ids for token_ids, _ in entries])
+    counts = torch.cat([counts for _, counts in entries])
+    rows = torch.tensor(plan.penalty_rows).repeat_interleave(lengths)
+    values = to_device(plan.penalties.repeat_interleave(lengths, dim=0), plan.device)
+    rows, token_ids, counts = (to_device(x, plan.device) for x in (rows, token_ids, counts))
     apply_penalties(logits, rows, token_ids, counts, *values.unbind(dim=1))
 
 
@@ -279,10 +288,11 @@ def _pick(plan: _Plan, logits: Tensor) -> Tensor:
     if not plan.drawn_rows:
         return greedy(logits)
     assert plan.seeds is not None and plan.temperature is not None
+    assert plan.drawn_index is not None and plan.greedy_index is not None
     positions = [plan.num_output_tokens(row) for row in plan.drawn_rows]
-    noise = uniform(plan.seeds, torch.tensor(positions)).to(plan.device)
+    noise = to_device(uniform(plan.seeds, torch.tensor(positions)), plan.device)
     drawn = draw(
-        logits[plan.drawn_rows] if plan.greedy_rows else logits,
+        logits[plan.drawn_index] if plan.greedy_rows else logits,
         plan.temperature,
         noise,
         min_p=plan.min_p,
@@ -292,8 +302,8 @@ def _pick(plan: _Plan, logits: Tensor) -> Tensor:
     if not plan.greedy_rows:
         return drawn
     token_ids = torch.empty(logits.shape[0], dtype=torch.int64, device=plan.device)
-    token_ids[plan.drawn_rows] = drawn
-    token_ids[plan.greedy_rows] = greedy(logits[plan.greedy_rows])
+    token_ids[plan.drawn_index] = drawn
+    token_ids[plan.greedy_index] = greedy(logits[plan.greedy_index])
     return token_ids
 
 

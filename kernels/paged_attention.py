@@ -35,8 +35,28 @@ MAX_ELEMENTS = 1 << 19
 NOTHING_SEEN = -1e30
 """Running maximum before a row's first key: finite, as infinities must not meet in a difference."""
 
+MAX_SPLIT_QUERIES = 16
+"""On a GPU: new tokens of a sequence that is read in splits, at most; a decode, or one with drafts.
+With more it is a prompt chunk."""
+MAX_WORKSPACE_BYTES = 256 * 2**20
+"""On a GPU: of the splits' results; sequences that need more together run in several launches."""
 
 KVScales = tuple[Tensor, Tensor]
+
+
+def split_workspace_bytes(
+    num_seqs: int, num_queries: int, *, num_heads: int, head_dim: int, max_len: int
+) -> int:
+    """What a GPU needs between reading the splits and joining them.
+
+    Args:
+        num_queries: new tokens of a sequence at most, up to MAX_SPLIT_QUERIES.
+        max_len: keys that the block tables have room for.
+    """
+    width = max(32, 1 << (head_dim - 1).bit_length())
+    num_rows = -(-max_len // KV_SPLIT) * min(num_queries, MAX_SPLIT_QUERIES) * num_heads
+    per_seq = 4 * num_rows * (width + 2)
+    return per_seq * min(num_seqs, max(1, MAX_WORKSPACE_BYTES // per_seq))
 
 
 def write_kv_cache(

@@ -24,17 +24,18 @@ from kernels.gpu import device as gpu
 from kernels.gpu.attention_kernel import chunk_kernel, join_kernel, split_kernel
 from kernels.gpu.fp8 import BIAS
 from kernels.gpu.lora import TRITON_DTYPES
-from kernels.paged_attention import KV_SPLIT, KVScales
+from kernels.paged_attention import (
+    KV_SPLIT,
+    MAX_SPLIT_QUERIES,
+    KVScales,
+    split_workspace_bytes,
+)
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64
 """Query heads to a kv head."""
-MAX_QUERIES = 16
-"""New tokens of a sequence that is read in splits, at most: a decode, or one with drafts."""
 SPLITS_AT_ONCE = 16
 """Splits in one step of joining."""
-MAX_WORKSPACE_BYTES = 64 * 2**20
-"""Of the splits' results; sequences that need more together run in several launches."""
 
 
 def accepts(
@@ -93,9 +94,9 @@ def run(
         q, out, k_cache, v_cache, kv_scales, block_tables, context_lens, cu_seqlens_q, scale,
         sliding_window,
     )  # fmt: skip
-    if num_seqs > 1 or most_new <= MAX_QUERIES:
-        common.run_splits(min(MAX_QUERIES, most_new))
-    if most_new > MAX_QUERIES:
+    if num_seqs > 1 or most_new <= MAX_SPLIT_QUERIES:
+        common.run_splits(min(MAX_SPLIT_QUERIES, most_new))
+    if most_new > MAX_SPLIT_QUERIES:
         common.run_chunks()
     return out
 
@@ -137,7 +138,7 @@ class _Launch:
         self.caches = k_cache, v_cache, k_scales, v_scales, block_tables, context_lens, cu_seqlens_q
         self.scale = scale * math.log2(math.e)
         self.options: dict[str, Any] = {
-            "QUERIES": MAX_QUERIES, "WINDOWED": sliding_window is not None,
+            "QUERIES": MAX_SPLIT_QUERIES, "WINDOWED": sliding_window is not None,
             "HEAD_DIM": self.head_dim, "HALF": self.half, "FP8": is_fp8,
         }  # fmt: skip
         self.products: dict[str, Any] = {
@@ -152,8 +153,11 @@ class _Launch:
         device, plan, heads = self.q.device, self.plan, self.num_kv_heads
         num_seqs = len(self.context_lens)
         per_seq = heads * self.max_splits * room * self.group
-        at_once = max(1, MAX_WORKSPACE_BYTES // (4 * per_seq * (2 * self.half + 2)))
-        at_once = min(at_once, num_seqs)
+        num_bytes = split_workspace_bytes(
+            num_seqs, room, num_heads=heads * self.group, head_dim=self.head_dim,
+            max_len=self.max_splits * KV_SPLIT,
+        )  # fmt: skip
+        at_once = num_bytes // (4 * per_seq * (2 * self.half + 2))
         partial = torch.empty(at_once * per_seq, 2 * self.half, dtype=torch.float32, device=device)
         stats = torch.empty(at_once * per_seq, 2, dtype=torch.float32, device=device)
         wanted = plan.programs_per_sm * gpu.num_processors(device)

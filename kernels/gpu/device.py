@@ -131,6 +131,8 @@ def max_decode_tokens(plan: DecodePlan, numel: int) -> int:
 
 _scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 _zeros: dict[tuple[torch.device, int], Tensor] = {}
+_outgrown: list[Tensor] = []
+"""Counters that were too few: captured graphs may still use them."""
 
 
 def scratch(device: torch.device, dtype: torch.dtype, numel: int) -> Tensor:
@@ -148,17 +150,21 @@ def scratch(device: torch.device, dtype: torch.dtype, numel: int) -> Tensor:
 
 
 def counters(device: torch.device, count: int) -> Tensor:
-    """int32 zeros [count or more], one buffer per stream, and per captured launch of a graph.
+    """int32 zeros [count or more], one buffer per stream: whoever launches there takes turns.
 
-    Kernels leave them zero.
+    Kernels leave them zero, so that a graph needs no launch to clear them: it uses those of the
+    stream on which it is captured, where what it calls has run there before; else some of its own.
     """
-    if _is_capturing(device):
-        return torch.zeros(count, dtype=torch.int32, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     buffer = _zeros.get((device, stream))
-    if buffer is None or buffer.numel() < count:
-        size = max(count, 1 << 14)
-        buffer = _zeros[device, stream] = torch.zeros(size, dtype=torch.int32, device=device)
+    if buffer is not None and buffer.numel() >= count:
+        return buffer
+    if _is_capturing(device):
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    if buffer is not None:
+        _outgrown.append(buffer)
+    size = max(count, 1 << 14)
+    buffer = _zeros[device, stream] = torch.zeros(size, dtype=torch.int32, device=device)
     return buffer
 
 

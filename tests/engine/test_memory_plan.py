@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from engine import startup
-from engine.config import CacheConfig, EngineConfig, LoraConfig, SchedulerConfig
+from engine.config import CacheConfig, EngineConfig, LoraConfig, ModelConfig, SchedulerConfig
 from engine.errors import NotEnoughMemory
 from engine.lora_rows import DeviceRows
 from engine.memory import quantized_bytes
 from engine.memory_plan import (
     CONTEXT_BYTES,
+    MANY_TOKENS,
     activation_estimate,
     adapter_bytes,
+    attention_workspace,
     graph_reserve,
     layer_graph_bytes,
     lora_reserve,
@@ -25,6 +27,8 @@ from engine.memory_plan import (
 )
 from engine.model_config import ModelSpec
 from engine.train.config import TrainConfig
+from kernels.gpu.device import DecodePlan
+from kernels.paged_attention import MAX_WORKSPACE_BYTES
 from tests.engine.test_lora_pool import ref
 
 LLAMA = {  # hidden, inner, layers, heads
@@ -172,6 +176,30 @@ def test_a_step_needs_more_with_more_tokens_and_more_rows_of_logits():
     one = activation_estimate(spec, HALF, num_tokens=1, num_seqs=1)
     assert activation_estimate(spec, HALF, num_tokens=2, num_seqs=256) == one + 2 * 3 * 15104
     assert activation_estimate(spec, HALF, num_tokens=1, num_seqs=257) == one + 5 * 4 * 32000
+
+
+def test_attention_takes_room_for_its_splits_but_no_more_than_its_limit():
+    spec = llama("7b")  # 32 heads of 128, 2048 tokens: 8 splits
+    per_seq = 4 * 8 * 32 * 130
+    assert attention_workspace(spec, EngineConfig(), 3, 1) == 3 * per_seq
+    assert attention_workspace(spec, EngineConfig(), 3, 4) == 12 * per_seq
+    most = MAX_WORKSPACE_BYTES // (16 * per_seq)
+    assert attention_workspace(spec, EngineConfig(), 500, 99) == most * 16 * per_seq
+    long = EngineConfig(model=ModelConfig(max_model_len=1 << 20))
+    assert attention_workspace(spec, long, 5, 16) == 512 * 16 * per_seq  # one sequence is the least
+    usual = activation_estimate(spec, HALF, num_tokens=64, num_seqs=64)
+    more = activation_estimate(spec, HALF, num_tokens=64, num_seqs=64, workspace=1 << 28)
+    assert usual + (1 << 27) < more < usual + (1 << 28)
+
+
+def test_graphs_of_many_rows_expand_projections_in_memory_of_their_own():
+    assert MANY_TOKENS == DecodePlan().max_tokens == DecodePlan().max_tokens_small
+    spec = llama("7b")
+    few, many = (
+        graph_reserve(spec, EngineConfig(scheduler=SchedulerConfig(max_num_seqs=count)), HALF)
+        for count in (64, 65)
+    )
+    assert many - few > scratch_bytes(spec, HALF)
 
 
 def test_graphs_are_counted_unless_they_are_off():

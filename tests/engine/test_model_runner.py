@@ -72,7 +72,9 @@ def test_activations_are_measured_on_a_full_step():
     # The peak, less what was there before, the cache and what stays; and the sampler's share.
     assert measured == 9000 - 1500 - 200 + 4 * 50 * 50 * 4
     assert len(model.batch.input_ids) == 50
-    assert model.batch.context_lens.tolist() == [20, 20, 10]
+    # Two that decode at the greatest length, and prompts.
+    assert model.batch.context_lens.tolist() == [20, 20, 20, 20, 8]
+    assert model.batch.cu_seqlens_q.tolist() == [0, 1, 2, 22, 42, 50]
     assert model.kv_caches[0][0].shape == (5, 4, 1, 4)
 
 

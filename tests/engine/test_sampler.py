@@ -5,7 +5,7 @@ import torch
 
 from engine.api import GenerateRequest, SamplingParams
 from engine.errors import GrammarError
-from engine.sampler import Sampler
+from engine.sampler import Sampler, _choose, _make_plan
 from engine.sequence import Sequence
 
 VOCAB_SIZE = 500
@@ -261,3 +261,23 @@ def test_a_grammar_that_fails_ends_its_row_only():
     tokens = Sampler().sample(random_logits(2), sequences)
     assert isinstance(tokens[0].error, GrammarError) and tokens[0].token_id == -1
     assert tokens[1].token_id == 3 and tokens[1].error is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_nothing_waits_for_the_device_before_the_tokens_are_read():
+    params = [
+        {"temperature": 0.0},
+        {"seed": 1, "top_p": 0.9, "top_k": 40},
+        {"seed": 2, "min_p": 0.1},
+    ]
+    sequences = [make_sequence(i, **kinds) for i, kinds in enumerate(params)]
+    logits = random_logits(3).cuda()
+    expected = [token.token_id for token in Sampler().sample(logits.clone(), sequences)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plan = _make_plan(sequences, logits)
+        chosen = _choose(plan, logits, ~logits.sum(dim=-1).isfinite())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert chosen.tolist() == expected

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from kernels import paged_attention
 from kernels.fp8_cache import FP8
 from kernels.gpu import attention
 from kernels.gpu import device as gpu
@@ -182,7 +183,7 @@ def test_a_workspace_too_small_for_all_sequences_is_used_in_turn(device, monkeyp
     parts = [(40, 1), (530, 1), (300, 2)]
     batch = Batch(parts, device, heads=(2, 1), dtype=torch.float16)
     expected = batch.attend()
-    monkeypatch.setattr(attention, "MAX_WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(paged_attention, "MAX_WORKSPACE_BYTES", 1)
     assert torch.equal(batch.attend(), expected)
 
 

@@ -98,6 +98,20 @@ def test_the_counters_are_zero_again_after_a_launch(device):
     assert not gpu.counters(device, 1).any()
 
 
+def test_counters_that_a_graph_uses_stay_where_they_are(monkeypatch):
+    monkeypatch.setattr(gpu, "_zeros", {})
+    monkeypatch.setattr(gpu, "_outgrown", [])
+    cpu = torch.device("cpu")
+    first = gpu.counters(cpu, 5)
+    monkeypatch.setattr(gpu, "_is_capturing", lambda _: True)
+    assert gpu.counters(cpu, len(first)) is first, "no launch to clear others"
+    many = 2 * len(first)
+    assert gpu.counters(cpu, many) is not gpu.counters(cpu, many), "of each launch's own"
+    monkeypatch.setattr(gpu, "_is_capturing", lambda _: False)
+    assert gpu.counters(cpu, many) is gpu.counters(cpu, many)
+    assert gpu._outgrown[0] is first, "a graph may still use them"
+
+
 @pytest.mark.parametrize("num_tokens", [8, 9, 16, 17, 33])
 def test_a_token_has_the_same_bits_alone_and_in_company(num_tokens, device):
     weights = [weight_of(rows, 512, device=device) for rows in (40, 24)]
