@@ -8,6 +8,7 @@ running is started again, and the trainer goes on from its last checkpoint.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -136,13 +137,18 @@ class JobRunner:
         files = [("training_file", job.training_file, TRAINING_DATA)]
         if job.validation_file is not None:
             files.append(("validation_file", job.validation_file, VALIDATION_DATA))
+        errors = []
         for param, file_id, part in files:
             try:
                 notes = await self._prepare_file(job, param, file_id, part)
             except (EngineError, ApiError, OSError) as error:
-                await self._rows.fail(job.id, _info(error, param))
-                return
+                errors.append(_info(error, param))
+                continue
             await self._rows.tell(job.id, notes)
+        if errors:
+            message = "\n".join(error.message for error in errors)
+            await self._rows.fail(job.id, dataclasses.replace(errors[0], message=message))
+            return
         validating = jobs.c.status == "validating_files"
         if await self._rows.write(lambda db: change_job(db, job.id, validating, status="queued")):
             await self._rows.tell(job.id, [("info", "Files validated, the job is queued")])

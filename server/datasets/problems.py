@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from engine.errors import EngineError
 
@@ -40,14 +39,6 @@ class DatasetErrors(EngineError):
         if num_problems > len(problems):
             lines.append(f"  and {num_problems - len(problems)} more")
         super().__init__("\n".join(lines))
-
-    def as_dict(self) -> dict[str, Any]:
-        """For an API's answer."""
-        return {
-            "file": self.file,
-            "num_problems": self.num_problems,
-            "problems": [{"line": p.line, "message": p.message} for p in self.problems],
-        }
 
 
 @dataclass(slots=True)

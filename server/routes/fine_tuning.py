@@ -38,8 +38,8 @@ async def list_jobs(request: Request, after: str | None = None, limit: Limit = 2
     metadata = {}
     for name, value in request.query_params.items():
         if name.startswith("metadata[") and name.endswith("]"):
-            if '"' in name or len(name) > 80:
-                text = "metadata: keys are searched up to 64 characters and without quotes"
+            if '"' in name or "\0" in name or len(name) > 80:
+                text = "metadata: keys are searched up to 64 characters, without quotes and zeros"
                 raise bad_request(text, "metadata")
             metadata[name[9:-1]] = value
         elif name not in ("after", "limit"):

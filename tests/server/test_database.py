@@ -146,8 +146,9 @@ async def test_jobs_run_on_either_database(database, monkeypatch):
         assert (await pages.list(extra_query={"metadata[k]": "w"})).data == []
         for key in ("'", "$.k", "a]b", "k\\", "ß", "%", ""):
             assert (await pages.list(extra_query={f"metadata[{key}]": "v"})).data == []
-        with pytest.raises(openai.BadRequestError, match="metadata"):
-            await pages.list(extra_query={'metadata["]': "v"})
+        for key in ('"', "\0"):
+            with pytest.raises(openai.BadRequestError, match="metadata"):
+                await pages.list(extra_query={f"metadata[{key}]": "v"})
         for strange in ("\x00", "'; DROP TABLE jobs; --", "ß" * 300):
             with pytest.raises((openai.BadRequestError, openai.NotFoundError)):
                 await pages.list(after=strange)

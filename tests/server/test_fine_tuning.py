@@ -309,11 +309,16 @@ async def test_bad_data_fail_the_job_with_every_problem_named():
         raise DatasetErrors(settings["file_name"], problems, 2)
 
     async with herd(prepare=prepare) as h:
-        job = await create(h.client)
+        job = await create(h.client, validation_file=await upload(h.client, 2, "held-out.jsonl"))
         failed = await until_status(h.client, job.id, "failed")
         assert failed.error.code == "invalid_training_data"
         assert failed.error.param == "training_file"
-        for text in ("data.jsonl: 2 problems", "line 3: no answer in 3", "line 9"):
+        for text in (
+            "data.jsonl: 2 problems",
+            "line 3: no answer in 3",
+            "line 9",
+            "held-out.jsonl",
+        ):
             assert text in failed.error.message
         assert failed.finished_at is not None
         assert h.engine.training == []

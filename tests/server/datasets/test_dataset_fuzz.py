@@ -99,7 +99,7 @@ def outcome(path, method, name):
         )
     except DatasetErrors as errors:
         assert errors.num_problems >= len(errors.problems) >= 1
-        json.dumps(errors.as_dict(), ensure_ascii=False).encode()
+        str(errors).encode()
         assert all(problem.message.isprintable() for problem in errors.problems)
         return errors
 

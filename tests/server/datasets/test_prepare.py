@@ -290,8 +290,7 @@ def test_errors_can_be_printed_and_sent(run):
     error = caught.value
     assert str(error).startswith("mine.jsonl: 53 problems\n  line 1: not valid JSON: Expecting")
     assert str(error).endswith("\n  and 3 more")
-    assert error.as_dict()["num_problems"] == MAX_SHOWN + 3
-    assert error.as_dict()["problems"][0]["line"] == 1
+    assert (error.num_problems, error.problems[0].line) == (MAX_SHOWN + 3, 1)
     assert error.info().code == "invalid_training_data"
 
 
