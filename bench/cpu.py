@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from bench.cpu_load import best, wait_until_quiet
-from bench.cpu_models import NUM_ADAPTERS, make_adapter, make_model
+from bench.cpu_models import NUM_ADAPTERS, make_adapter, make_model, make_tokenizer
 from bench.overhead import cpu_name, git_commit, slug
 
 ROOT = Path(__file__).parent.parent
@@ -55,6 +55,7 @@ def main() -> None:
     rows: list[Row] = result["rows"]
     for shape in options.shapes:
         make_model(shape, options.models / shape)
+        make_tokenizer(options.models / shape / "nf4")
         for seed in range(NUM_ADAPTERS):
             make_adapter(options.models / shape, seed)
 

@@ -82,7 +82,11 @@ def make_gguf(folder: Path, quant_type: str) -> Path:
         writer.add_head_count_kv(config["num_key_value_heads"])
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
         writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
-        writer.add_tokenizer_model("no_vocab")
+        writer.add_tokenizer_model("llama")
+        pieces = json.loads((folder / "nf4" / "tokenizer.json").read_text())["model"]["vocab"]
+        writer.add_token_list(list(pieces))
+        writer.add_token_scores([0.0] * len(pieces))
+        writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * (len(pieces) - 259))
         writer.add_file_type(1)
         for file in sorted((folder / "dense").glob("*.safetensors")):
             for name, values in read_safetensors(file):

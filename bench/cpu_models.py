@@ -65,6 +65,25 @@ def make_model(shape: str, folder: Path) -> None:
         quantize_checkpoint(dense, folder / "nf4")
 
 
+def vocabulary() -> list[str]:
+    """Pieces as SentencePiece would call them: three special ones, the bytes, words of no meaning."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    return pieces + [f"▁w{i}" for i in range(len(pieces), VOCAB_SIZE)]
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A tokenizer of that vocabulary in a model's folder, for its server."""
+    from tokenizers import Tokenizer, decoders, models
+
+    vocab = {piece: index for index, piece in enumerate(vocabulary())}
+    model = models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback()])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
 def make_adapter(folder: Path, seed: int) -> Path:
     """A random PEFT adapter of rank 16 on every projection, unless it is there."""
     target = folder / f"adapter-{seed}"

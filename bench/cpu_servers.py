@@ -1,0 +1,220 @@
+"""Herd's server beside llama.cpp's own, `llama-server`, on the same random numbers: total tokens/s.
+
+Run      python -m bench.cpu_servers --llama-server PATH --llama-python PYTHON
+             [--shapes 160M 1.1B] [--requests 1 2 4 8 16] [--rounds 3]
+Writes   bench/results/cpu_servers-<machine>.json, ratios first
+Peers    llama-server as llama.cpp's sources build it (cmake --build ... --target llama-server); the
+         interpreter has llama-cpp-python and gguf of that version and writes the models
+Method   so many requests at once, each 64 greedy tokens after 32 random ones of its own, prompts as
+         token ids; all their tokens over the time from the first question to the last answer. The
+         servers are started in turn, --rounds times each; the best of all repeats counts. Every row
+         says how many processors others used meanwhile. Herd also runs with eight requests on one
+         adapter and on eight, which llama-server cannot batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from bench.cpu_http import ROOT, children, processor_s
+from bench.cpu_load import busy_s, wait_until_quiet
+from bench.cpu_models import NUM_ADAPTERS, VOCAB_SIZE, make_adapter, make_model, make_tokenizer
+from bench.overhead import cpu_name, git_commit, slug
+
+PROMPT_LEN, NUM_TOKENS = 32, 64
+MAX_PARALLEL = 16
+START_TIMEOUT_S = 120
+PATIENCE_S = 300
+REPEATS = 3
+Ask = Callable[[str, list[int], str], None]
+Row = dict[str, Any]
+
+
+def ask_herd(url: str, prompt: list[int], model: str) -> None:
+    """One completion of NUM_TOKENS tokens."""
+    body = {"model": model, "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0}
+    answer = httpx.post(f"{url}/v1/completions", json={**body, "ignore_eos": True}, timeout=600)
+    answer.raise_for_status()
+    assert answer.json()["usage"]["completion_tokens"] == NUM_TOKENS
+
+
+def ask_llama(url: str, prompt: list[int], _model: str) -> None:
+    """The same of llama-server."""
+    body = {"prompt": prompt, "n_predict": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
+    answer = httpx.post(f"{url}/completion", json={**body, "cache_prompt": False}, timeout=600)
+    answer.raise_for_status()
+    assert answer.json()["tokens_predicted"] == NUM_TOKENS
+
+
+@contextmanager
+def running(command: list[str]) -> Iterator[tuple[str, list[int]]]:
+    """Start a server; (its address, its processes)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [*command, "--port", str(port)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + START_TIMEOUT_S
+    try:
+        while True:
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"{' '.join(command)} did not start")
+            try:
+                if httpx.get(f"{url}/health", timeout=2).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass  # not listening yet
+            time.sleep(0.1)
+        yield url, children(server.pid)
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def measure(ask: Ask, url: str, pids: list[int], models: list[str]) -> Row:
+    """One request per entry of models at once; the best of REPEATS."""
+    rows: list[Row] = []
+    for seed in range(REPEATS + 1):  # the first warms up
+        chosen = random.Random(seed * 1000 + len(models))
+        prompts = [[chosen.randrange(300, VOCAB_SIZE) for _ in range(PROMPT_LEN)] for _ in models]
+        busy, own = busy_s(), processor_s(pids) + time.process_time()
+        started = time.perf_counter()
+        with ThreadPoolExecutor(len(models)) as threads:
+            list(threads.map(ask, [url] * len(models), prompts, models))
+        seconds = time.perf_counter() - started
+        used = processor_s(pids) + time.process_time() - own
+        others = max(0.0, (busy_s() - busy - used) / seconds)
+        speed = len(models) * NUM_TOKENS / seconds
+        rows.append({"tokens_per_s": round(speed, 1), "others_cpus": round(others, 2)})
+    return max(rows[1:], key=lambda row: row["tokens_per_s"])
+
+
+def measure_herd(folder: Path, threads: int, requests: list[int]) -> Iterator[Row]:
+    """Rows of Herd on one shape."""
+    command = [sys.executable, "serve.py", "--no-ui", "--log-level", "error", "--base"]
+    command += [str(folder / "nf4"), "--threads", str(threads), "--max-model-len", "1024"]
+    command += ["--max-num-seqs", str(MAX_PARALLEL), "--served-model-name", "base"]
+    for seed in range(NUM_ADAPTERS):
+        command += ["--adapter", f"a{seed}={make_adapter(folder, seed)}"]
+    with running(command) as (url, pids):
+        for count in requests:
+            yield {"requests": count, "adapters": 0} | measure(ask_herd, url, pids, ["base"] * count)
+        for adapters in (1, NUM_ADAPTERS):
+            models = [f"a{i % adapters}" for i in range(8)]
+            yield {"requests": 8, "adapters": adapters} | measure(ask_herd, url, pids, models)
+
+
+def measure_llama(binary: Path, model: Path, threads: int, requests: list[int]) -> Iterator[Row]:
+    """Rows of llama-server on one shape."""
+    command = [str(binary), "--model", str(model), "--threads", str(threads)]
+    command += ["--threads-batch", str(threads), "--parallel", str(MAX_PARALLEL)]
+    command += ["--ctx-size", str(MAX_PARALLEL * 256)]
+    with running(command) as (url, pids):
+        for count in requests:
+            yield {"requests": count, "adapters": 0} | measure(ask_llama, url, pids, [""] * count)
+
+
+def ratios(rows: list[Row]) -> list[Row]:
+    """Herd over llama-server's best, and eight adapters over one."""
+    found = []
+
+    def speeds(of: Callable[[Row], bool]) -> list[float]:
+        return [row["tokens_per_s"] for row in rows if of(row)]
+
+    keys = sorted({(row["shape"], row["threads"], row["requests"]) for row in rows})
+    for shape, threads, count in keys:
+        same = [r for r in rows if (r["shape"], r["threads"], r["requests"]) == (shape, threads, count)]
+        herd = [r["tokens_per_s"] for r in same if r["system"] == "herd" and not r["adapters"]]
+        peer = [r["tokens_per_s"] for r in same if r["system"] != "herd"]
+        labels = {"shape": shape, "threads": threads, "requests": count}
+        if herd and peer:
+            found.append({**labels, "herd_over_llama_server": round(max(herd) / max(peer), 2)})
+    for shape, threads in sorted({(row["shape"], row["threads"]) for row in rows}):
+        one, eight = (
+            speeds(lambda r: (r["shape"], r["threads"], r["adapters"]) == (shape, threads, n))
+            for n in (1, NUM_ADAPTERS)
+        )
+        if one and eight:
+            ratio = round(max(eight) / max(one), 2)
+            found.append({"shape": shape, "threads": threads, "eight_adapters_over_one": ratio})
+    return found
+
+
+def main() -> None:
+    """Command line: run everything, write the file, print the ratios."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--llama-server", type=Path)
+    parser.add_argument("--llama-python", type=Path)
+    parser.add_argument("--types", nargs="*", default=["Q4_0", "IQ4_NL"])
+    parser.add_argument("--shapes", nargs="*", default=["160M", "1.1B"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--requests", type=int, nargs="*", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--models", type=Path, default=Path("models/cpubench"))
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    rows: list[Row] = []
+
+    def keep(system: str, shape: str, found: Iterator[Row]) -> None:
+        labels = {"system": system, "shape": shape, "threads": options.threads}
+        for row in found:
+            print({**labels, **row}, flush=True)
+            old = [r for r in rows if all(r.get(k) == v for k, v in labels.items())]
+            old = [r for r in old if (r["requests"], r["adapters"]) == (row["requests"], row["adapters"])]
+            if not old:
+                rows.append({**labels, **row})
+            elif row["tokens_per_s"] > old[0]["tokens_per_s"]:
+                old[0].update(row)
+
+    for shape in options.shapes:
+        folder = options.models / shape
+        make_model(shape, folder)
+        make_tokenizer(folder / "nf4")
+        for _ in range(options.rounds):
+            wait_until_quiet(0.1, PATIENCE_S)
+            keep("herd", shape, measure_herd(folder, options.threads, options.requests))
+            for quant_type in options.types if options.llama_server else ():
+                make = f"from pathlib import Path; from bench.cpu_llama import make_gguf; make_gguf(Path({str(folder)!r}), {quant_type!r})"
+                subprocess.run([str(options.llama_python), "-c", make], cwd=ROOT, check=True)
+                model = folder / f"{quant_type}.gguf"
+                wait_until_quiet(0.1, PATIENCE_S)
+                keep(
+                    f"llama-server {quant_type}",
+                    shape,
+                    measure_llama(options.llama_server, model, options.threads, options.requests),
+                )
+    result = {
+        "ratios": ratios(rows),
+        "command": "python -m bench.cpu_servers",
+        "cpu": cpu_name(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "rows": rows,
+    }
+    path = options.output or ROOT / "bench" / "results" / f"cpu_servers-{slug(cpu_name())}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    for row in result["ratios"]:
+        print(row)
+
+
+if __name__ == "__main__":
+    main()
