@@ -66,7 +66,7 @@ def make_model(shape: str, folder: Path) -> None:
 
 
 def vocabulary() -> list[str]:
-    """Pieces as SentencePiece would call them: three special ones, the bytes, words of no meaning."""
+    """Pieces as SentencePiece calls them: three special ones, the bytes, meaningless words."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     return pieces + [f"▁w{i}" for i in range(len(pieces), VOCAB_SIZE)]
 

@@ -117,7 +117,8 @@ def measure_herd(folder: Path, threads: int, requests: list[int]) -> Iterator[Ro
         command += ["--adapter", f"a{seed}={make_adapter(folder, seed)}"]
     with running(command) as (url, pids):
         for count in requests:
-            yield {"requests": count, "adapters": 0} | measure(ask_herd, url, pids, ["base"] * count)
+            row = measure(ask_herd, url, pids, ["base"] * count)
+            yield {"requests": count, "adapters": 0, **row}
         for adapters in (1, NUM_ADAPTERS):
             models = [f"a{i % adapters}" for i in range(8)]
             yield {"requests": 8, "adapters": adapters} | measure(ask_herd, url, pids, models)
@@ -135,27 +136,20 @@ def measure_llama(binary: Path, model: Path, threads: int, requests: list[int]) 
 
 def ratios(rows: list[Row]) -> list[Row]:
     """Herd over llama-server's best, and eight adapters over one."""
+    speeds: dict[tuple[str, int, int, int], dict[str, float]] = {}
+    for row in rows:
+        key = (row["shape"], row["threads"], row["requests"], row["adapters"])
+        speeds.setdefault(key, {})[row["system"]] = row["tokens_per_s"]
     found = []
-
-    def speeds(of: Callable[[Row], bool]) -> list[float]:
-        return [row["tokens_per_s"] for row in rows if of(row)]
-
-    keys = sorted({(row["shape"], row["threads"], row["requests"]) for row in rows})
-    for shape, threads, count in keys:
-        same = [r for r in rows if (r["shape"], r["threads"], r["requests"]) == (shape, threads, count)]
-        herd = [r["tokens_per_s"] for r in same if r["system"] == "herd" and not r["adapters"]]
-        peer = [r["tokens_per_s"] for r in same if r["system"] != "herd"]
+    for (shape, threads, count, adapters), by_system in sorted(speeds.items()):
         labels = {"shape": shape, "threads": threads, "requests": count}
-        if herd and peer:
-            found.append({**labels, "herd_over_llama_server": round(max(herd) / max(peer), 2)})
-    for shape, threads in sorted({(row["shape"], row["threads"]) for row in rows}):
-        one, eight = (
-            speeds(lambda r: (r["shape"], r["threads"], r["adapters"]) == (shape, threads, n))
-            for n in (1, NUM_ADAPTERS)
-        )
-        if one and eight:
-            ratio = round(max(eight) / max(one), 2)
-            found.append({"shape": shape, "threads": threads, "eight_adapters_over_one": ratio})
+        herd = by_system.pop("herd", None)
+        if herd is not None and by_system:
+            ratio = round(herd / max(by_system.values()), 2)
+            found.append({**labels, "herd_over_llama_server": ratio})
+        one = speeds.get((shape, threads, count, 1))
+        if herd is not None and adapters > 1 and one is not None:
+            found.append({**labels, "eight_adapters_over_one": round(herd / one["herd"], 2)})
     return found
 
 
@@ -178,12 +172,12 @@ def main() -> None:
         labels = {"system": system, "shape": shape, "threads": options.threads}
         for row in found:
             print({**labels, **row}, flush=True)
-            old = [r for r in rows if all(r.get(k) == v for k, v in labels.items())]
-            old = [r for r in old if (r["requests"], r["adapters"]) == (row["requests"], row["adapters"])]
-            if not old:
+            key = {**labels, "requests": row["requests"], "adapters": row["adapters"]}
+            old = next((r for r in rows if key.items() <= r.items()), None)
+            if old is None:
                 rows.append({**labels, **row})
-            elif row["tokens_per_s"] > old[0]["tokens_per_s"]:
-                old[0].update(row)
+            elif row["tokens_per_s"] > old["tokens_per_s"]:
+                old.update(row)
 
     for shape in options.shapes:
         folder = options.models / shape
@@ -193,8 +187,12 @@ def main() -> None:
             wait_until_quiet(0.1, PATIENCE_S)
             keep("herd", shape, measure_herd(folder, options.threads, options.requests))
             for quant_type in options.types if options.llama_server else ():
-                make = f"from pathlib import Path; from bench.cpu_llama import make_gguf; make_gguf(Path({str(folder)!r}), {quant_type!r})"
-                subprocess.run([str(options.llama_python), "-c", make], cwd=ROOT, check=True)
+                make = (
+                    "import sys; from pathlib import Path; from bench.cpu_llama import make_gguf; "
+                )
+                make += "make_gguf(Path(sys.argv[1]), sys.argv[2])"
+                command = [str(options.llama_python), "-c", make, str(folder), quant_type]
+                subprocess.run(command, cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
                 model = folder / f"{quant_type}.gguf"
                 wait_until_quiet(0.1, PATIENCE_S)
                 keep(
