@@ -143,10 +143,10 @@ def ratios(rows: list[Row]) -> list[Row]:
     found = []
     for (shape, threads, count, adapters), by_system in sorted(speeds.items()):
         labels = {"shape": shape, "threads": threads, "requests": count}
-        herd = by_system.pop("herd", None)
-        if herd is not None and by_system:
-            ratio = round(herd / max(by_system.values()), 2)
-            found.append({**labels, "herd_over_llama_server": ratio})
+        herd = by_system.get("herd")
+        peers = [speed for system, speed in by_system.items() if system != "herd"]
+        if herd is not None and peers:
+            found.append({**labels, "herd_over_llama_server": round(herd / max(peers), 2)})
         one = speeds.get((shape, threads, count, 1))
         if herd is not None and adapters > 1 and one is not None:
             found.append({**labels, "eight_adapters_over_one": round(herd / one["herd"], 2)})
