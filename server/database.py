@@ -23,7 +23,7 @@ from engine.errors import EngineError, RequestError
 from server.tables import VERSION, about, metadata
 
 T = TypeVar("T")
-LOCK_TIMEOUT_S = 5.0
+LOCK_TIMEOUT_S = 15.0
 """How long a statement waits for another program's lock on an SQLite file."""
 MAX_TRIES = 4
 NUM_THREADS = 4
