@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from server.engine_client import EngineClient
     from server.state import ServerState
 
-DEMO_ADAPTERS = ("guanaco", "pirate")
+DEMO_ADAPTERS = ("guanaco", "pirate", "reward", "policy")
 
 
 def main(argv: list[str] | None = None) -> int:

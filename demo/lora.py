@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 BASE_NAME = "herd-demo"
+RANK = 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MODEL_CARD = Path(__file__).parent / "adapter_card.md"
 CHAT_TEMPLATES = {"pirate": Path(__file__).parent / "pirate.jinja"}  # Guanaco's is known by name
@@ -22,12 +23,12 @@ def load_frozen_base(folder: Path) -> PreTrainedModel:
     return model.dequantize().requires_grad_(False)
 
 
-def new_adapter(base: PreTrainedModel, start: Path | None, seed: int, rank: int = 32) -> PeftModel:
+def new_adapter(base: PreTrainedModel, start: Path | None, seed: int) -> PeftModel:
     """A fresh adapter on every linear layer, or a trainable copy of the one in `start`."""
     torch.manual_seed(seed)
     if start is not None:
         return PeftModel.from_pretrained(base, start, is_trainable=True)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, task_type="CAUSAL_LM")
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, task_type="CAUSAL_LM")
     return get_peft_model(base, config)
 
 
@@ -43,5 +44,10 @@ def save_adapter(model: PeftModel, folder: Path, style: str) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     if style in CHAT_TEMPLATES:
         (folder / "chat_template.jinja").write_bytes(CHAT_TEMPLATES[style].read_bytes())
-    card = MODEL_CARD.read_text(encoding="utf-8").replace("{style}", style)
+    write_card(folder)
+
+
+def write_card(folder: Path) -> None:
+    """README.md of an adapter's folder, which has its name."""
+    card = MODEL_CARD.read_text(encoding="utf-8").replace("{style}", folder.name)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,8 +1,9 @@
-"""Make the embedded demo from nothing: tokenizer, base model, 4-bit copy, two adapters, check.
+"""Make the embedded demo from nothing: tokenizer, base model, 4-bit copy, four adapters, check.
 
-Run      python -m demo.train            (20 to 45 minutes on two cores; `make demo`)
+Run      python -m demo.train            (about an hour on two cores; `make demo`)
          python -m demo.train --quick    (a minute: every step, a model that babbles)
-Writes   demo/build (intermediate, ignored by git), demo/model, demo/adapters/{guanaco,pirate};
+Writes   demo/build (intermediate, ignored by git), demo/model, demo/adapters/{guanaco,
+         pirate,reward,policy};
          with --quick all of it below demo/build/quick
 Sources  QLoRA, arXiv:2305.14314: adapters are trained on the frozen base's dequantised NF4 weights.
 """
@@ -26,6 +27,7 @@ from demo.lora import load_frozen_base, new_adapter, save_adapter
 from demo.optimise import train
 from demo.pack import conversation_batches, document_batches
 from demo.pretrain import new_base, quantise
+from demo.reinforce import train_policy, train_reward
 from demo.tokenizer import train_tokenizer
 
 logger = logging.getLogger("demo")
@@ -79,7 +81,7 @@ def make_adapter(
 def main() -> None:
     """All steps, or those named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    steps = ["tokenizer", "base", "quantise", *ADAPTER_TOKENS, "check"]
+    steps = ["tokenizer", "base", "quantise", *ADAPTER_TOKENS, "reward", "policy", "check"]
     parser.add_argument("steps", nargs="*", default=steps, help=f"some of {steps}; all by default")
     parser.add_argument("--quick", action="store_true", help="train on 1 %% of the tokens")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
@@ -115,8 +117,13 @@ def run(steps: Sequence[str], folders: Folders, share: float) -> None:
     for style, num_tokens in ADAPTER_TOKENS.items():
         if style in steps:
             make_adapter(folders, tokenizer, style, int(num_tokens * share))
-    if "check" in steps:  # step 5
-        for style in ADAPTER_TOKENS:
+    build = folders.base.parent
+    if "reward" in steps:  # step 5
+        train_reward(folders.model, folders.adapters, build, share)
+    if "policy" in steps:  # step 6
+        train_policy(folders.model, folders.adapters, build, share)
+    if "check" in steps:  # step 7
+        for style in (*ADAPTER_TOKENS, "policy"):
             report(style, answer_all(folders.model, folders.adapters / style))
 
 

@@ -31,13 +31,13 @@ def client(herd):
     return openai.OpenAI(base_url=f"{herd.url}/v1", api_key="none", max_retries=0)
 
 
-def test_base_and_both_adapters_are_models(client):
+def test_base_and_the_demos_adapters_are_models(client):
     models = {model.id: model for model in client.models.list()}
-    assert list(models) == ["demo", "guanaco", "pirate"]
+    assert list(models) == ["demo", "guanaco", "pirate", "reward", "policy"]
     assert models["pirate"].parent == "demo"
 
 
-@pytest.mark.parametrize("model", ["guanaco", "pirate"])
+@pytest.mark.parametrize("model", ["guanaco", "pirate", "policy"])
 def test_openai_client_chats_with_each_adapter(client, model):
     options = {"model": model, "messages": QUESTION, "temperature": 0, "max_tokens": 40}
     whole = client.chat.completions.create(**options)
@@ -45,6 +45,19 @@ def test_openai_client_chats_with_each_adapter(client, model):
     chunks = list(client.chat.completions.create(**options, stream=True))
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert streamed == whole.choices[0].message.content
+
+
+def test_the_reward_adapter_prefers_an_answer_to_the_question(herd):
+    talks = [
+        [
+            {"role": "user", "content": "What is the capital of France?"},
+            {"role": "assistant", "content": answer},
+        ]
+        for answer in ("The capital of France is Paris.", "A cow says moo.")
+    ]
+    answer = httpx.post(f"{herd.url}/v1/rewards", json={"model": "reward", "input": talks}).json()
+    right, wrong = (row["data"][0] for row in answer["data"])
+    assert right > wrong
 
 
 def test_base_continues_text_and_says_that_it_does_not_chat(client):

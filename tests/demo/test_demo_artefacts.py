@@ -15,8 +15,9 @@ from demo.pack import IGNORED, encode_chat
 
 DEMO = Path(__file__).parents[2] / "demo"
 MODEL = DEMO / "model"
-ADAPTERS = ("guanaco", "pirate")
-MAX_BYTES = 12_000_000
+MANNERS = ("guanaco", "pirate")
+ADAPTERS = (*MANNERS, "reward", "policy")
+MAX_BYTES = 13_000_000
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,10 @@ def test_an_adapter_is_stored_as_peft_does(adapter):
     assert config["base_model_name_or_path"] == "herd-demo"
     layers = json.loads((MODEL / "config.json").read_text())["num_hidden_layers"]
     tensors = load_file(folder / "adapter_model.safetensors")
-    assert len(tensors) == layers * len(config["target_modules"]) * 2
+    score = tensors.pop("base_model.model.score.weight", None)
+    assert (score is not None) == (adapter == "reward") == (config["task_type"] == "SEQ_CLS")
+    targets = {name.rpartition(".")[2] for name in config["target_modules"]}  # or whole paths
+    assert len(tensors) == layers * len(targets) * 2
     for name, tensor in tensors.items():
         assert tensor.isfinite().all(), name
         assert tensor.abs().sum() > 0, name
@@ -123,7 +127,7 @@ def test_training_server_and_the_pirates_own_template_write_the_same_prompt(toke
 
 def test_the_adapters_differ():
     first, second = (
-        load_file(DEMO / "adapters" / name / "adapter_model.safetensors") for name in ADAPTERS
+        load_file(DEMO / "adapters" / name / "adapter_model.safetensors") for name in MANNERS
     )
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
@@ -159,7 +163,7 @@ def test_the_two_manners_are_plainly_different():
 
     guanaco, pirate = (
         answers_to(MODEL, DEMO / "adapters" / name, ["What colour is the sky?"])[0]
-        for name in ADAPTERS
+        for name in MANNERS
     )
     assert "blue" in guanaco
     assert "blue" in pirate
