@@ -258,7 +258,7 @@ async def test_the_worker_ignores_ctrl_c(folder):
 
 
 INTERRUPTED = """
-import asyncio, sys
+import asyncio, signal, sys
 from pathlib import Path
 from tests.server.test_engine_client import load_adapter, make_client
 
@@ -274,6 +274,8 @@ async def main():
         await client.stop(0.0)
 
 if __name__ == "__main__":
+    # As in a terminal: what a shell has started in the background ignores the signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         asyncio.run(main())
     except KeyboardInterrupt:
