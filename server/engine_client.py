@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -145,7 +145,7 @@ class EngineClient:
         await self._close_worker(0.0 if is_loading else SHUTDOWN_S)
         self._end_all(None)
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[RequestDelta]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[RequestDelta, None]:
         """What the request produces, with exactly one final delta; closing it early cancels."""
         if self.state != "ready":
             yield _error_delta(request.request_id, self._unavailable())
