@@ -14,7 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.api import AdapterRef, GenerateRequest, RequestDelta, SamplingParams
+from engine.api import (
+    AdapterRef,
+    GenerateRequest,
+    RecordingProgress,
+    RequestDelta,
+    SamplingParams,
+)
 from engine.config import CacheConfig, EngineConfig, LoraConfig, SchedulerConfig
 from engine.decode_graphs import DecodeGraphs, GraphBackend
 from engine.engine import Engine
@@ -247,6 +253,7 @@ class FakeEngine:
         graph_backend: GraphBackend | None = None,
         graph_sizes: tuple[int, ...] = (1, 2, 4, 8),
     ) -> None:
+        self.recordings: list[RecordingProgress] = []
         config = EngineConfig(
             cache=CacheConfig(block_size=block_size, enable_prefix_caching=enable_prefix_caching),
             scheduler=SchedulerConfig(
@@ -272,6 +279,7 @@ class FakeEngine:
                 block_size=block_size,
                 max_num_blocks=-(-max_model_len // block_size),
                 device=torch.device("cpu"),
+                report=self.recordings.append,
             )
         runner = ModelRunner(
             self.model,
