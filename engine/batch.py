@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from engine.sequence import Sequence
+from engine.transfers import to_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,10 +98,3 @@ def make_batch(
 
 def _to(values: np.ndarray, device: torch.device) -> torch.Tensor:
     return to_device(torch.from_numpy(values), device)
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on the device, without waiting for what runs there."""
-    if device.type == "cuda" and tensor.numel():
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

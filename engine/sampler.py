@@ -3,6 +3,9 @@
 A sequence with drafts (engine/speculation.py) has a row more for each of them, behind its own: at
 row i it is looked at as if its first i drafts had been chosen.
 
+Launched first and finished later: launch only queues work for the device, finish reads what that
+has chosen, and in between the next step's layers may be launched.
+
 The arithmetic and its order are in kernels/sampling.py. What a batch needs is worked out when its
 list of sequences changes and kept as long as it stays, which while decoding is many steps; a
 parameter that no sequence uses costs nothing.
@@ -12,16 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.acceptance import as_engine_error
 from engine.api import TokenLogprobs
-from engine.batch import to_device
 from engine.errors import EngineError, GrammarError, RequestError
 from engine.grammar import GrammarMatcher
 from engine.sequence import Sequence
+from engine.transfers import HostCopy, copy_to_host, to_device
 from kernels.sampling import (
     GREEDY_BELOW,
     apply_bitmask,
@@ -69,20 +74,16 @@ class Sampler:
     def __init__(self) -> None:
         self._plan: _Plan | None = None
 
-    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
-        """Choose the next token of each sequence.
+    def launch(self, logits: Tensor, sequences: list[Sequence]) -> Pending:
+        """Have the device choose the next token of each sequence, without waiting for it.
 
-        A grammar's matcher goes on by the chosen token here: callers do not accept it again.
-        Appending the token to the sequence is the caller's.
+        Changes nothing that the sequences hold: after an error it may be called again. What was
+        launched before has been finished, because a grammar has to know the last token.
 
         Args:
             logits: float32 [num_rows, vocab_size], row i of sequences[i]. May be changed.
-            sequences: [num_rows]; one with drafts stands there once more for each.
-
-        Returns:
-            One entry per row. A row has an error, and the others their tokens, when its
-            logits hold NaN or infinity, when penalties, bias and grammar together leave no
-            token, or when its grammar exceeds its limits.
+            sequences: [num_rows], their earlier tokens all appended; one with drafts stands there
+                once more for each.
         """
         plan = self._plan
         if plan is None or plan.sequences != sequences or plan.device != logits.device:
@@ -94,12 +95,29 @@ class Sampler:
         is_broken = ~logits.sum(dim=-1).isfinite()  # one reduction: finite logits have such a sum
         if plan.changes_logits:
             _change_logits(plan, logits)
-        token_ids = _choose(plan, logits, is_broken).tolist()  # the one wait for the device
+        token_ids = _choose(plan, logits, is_broken)
+        logprobs = () if raw is None else _logprobs(plan, raw, token_ids)
+        return Pending(plan, token_ids, copy_to_host(token_ids, *logprobs), errors)
+
+    def finish(self, pending: Pending) -> list[SampledToken]:
+        """Wait for what was launched, and for nothing else.
+
+        A grammar's matcher goes on by the chosen token here: callers do not accept it again.
+        Appending the token to the sequence is the caller's.
+
+        Returns:
+            One entry per row. A row has an error, and the others their tokens, when its
+            logits hold NaN or infinity, when penalties, bias and grammar together leave no
+            token, or when its grammar exceeds its limits.
+        """
+        plan, errors = pending.plan, pending.errors
+        chosen, *reported = (x.tolist() for x in pending.copy.wait())
+        token_ids: list[int] = chosen
         for row, token_id in enumerate(token_ids):
             if token_id < 0:
                 errors.setdefault(row, _dead_row_error(token_id == BROKEN))
         is_reached = _follow(plan, token_ids, errors)
-        logprobs = _report(plan, raw, token_ids) if raw is not None else {}
+        logprobs = _report(plan, reported, token_ids) if reported else {}
         if not errors and not logprobs and not plan.has_drafts:
             return [SampledToken(token_id) for token_id in token_ids]
         return [
@@ -110,6 +128,28 @@ class Sampler:
             else SampledToken(token_id, logprobs.get(row))
             for row, token_id in enumerate(token_ids)
         ]
+
+    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
+        """Both at once."""
+        return self.finish(self.launch(logits, sequences))
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Tokens that the device has been told to choose."""
+
+    plan: _Plan
+    token_ids: Tensor
+    """int64 [num_rows], on the device: NO_TOKEN or BROKEN where there is none."""
+    copy: HostCopy
+    """The same for the host; behind it what top_logprobs gives, where a row asked for that."""
+    errors: dict[int, EngineError]
+    """By row: known before the tokens are."""
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """[num_rows]."""
+        return self.plan.sequences
 
 
 @dataclass(slots=True)
@@ -239,8 +279,10 @@ def _follow(plan: _Plan, token_ids: list[int], errors: dict[int, EngineError]) -
         if matcher is not None and is_reached[row] and row not in errors:
             try:
                 matcher.accept(token_ids[row])
-            except GrammarError as error:
-                errors[row] = error
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # this request's alone, even a native library's panic
+                errors[row] = as_engine_error(error)
     return is_reached
 
 
@@ -319,13 +361,19 @@ def _dead_row_error(is_broken: bool) -> EngineError:
     )
 
 
-def _report(plan: _Plan, raw: Tensor, token_ids: list[int]) -> dict[int, TokenLogprobs]:
-    """Row -> log-probabilities, for the rows that asked."""
-    rows = plan.logprob_rows
-    chosen = torch.tensor([max(token_ids[row], 0) for row in rows], device=raw.device)
-    own, values, ids = (x.tolist() for x in top_logprobs(raw, chosen, plan.num_logprobs))
+def _logprobs(plan: _Plan, raw: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """top_logprobs of the rows that asked."""
+    chosen = token_ids[plan.logprob_index].clamp(min=0)
+    return top_logprobs(raw, chosen, plan.num_logprobs)
+
+
+def _report(
+    plan: _Plan, reported: list[list[Any]], token_ids: list[int]
+) -> dict[int, TokenLogprobs]:
+    """Row -> log-probabilities, for the rows that asked; `reported` is what _logprobs gave."""
+    own, values, ids = reported
     report = {}
-    for i, row in enumerate(rows):
+    for i, row in enumerate(plan.logprob_rows):
         num_top = plan.sequences[row].params.logprobs
         top = tuple(zip(ids[i][:num_top], values[i][:num_top], strict=True))
         report[row] = TokenLogprobs(token_ids[row], own[i], top)

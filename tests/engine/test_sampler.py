@@ -5,7 +5,7 @@ import torch
 
 from engine.api import GenerateRequest, SamplingParams
 from engine.errors import GrammarError
-from engine.sampler import Sampler, _choose, _make_plan
+from engine.sampler import Sampler
 from engine.sequence import Sequence
 
 VOCAB_SIZE = 500
@@ -269,15 +269,43 @@ def test_nothing_waits_for_the_device_before_the_tokens_are_read():
     params = [
         {"temperature": 0.0},
         {"seed": 1, "top_p": 0.9, "top_k": 40},
-        {"seed": 2, "min_p": 0.1},
+        {"seed": 2, "min_p": 0.1, "logprobs": 3},
     ]
     sequences = [make_sequence(i, **kinds) for i, kinds in enumerate(params)]
     logits = random_logits(3).cuda()
     expected = [token.token_id for token in Sampler().sample(logits.clone(), sequences)]
+    sampler = Sampler()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        plan = _make_plan(sequences, logits)
-        chosen = _choose(plan, logits, ~logits.sum(dim=-1).isfinite())
+        pending = sampler.launch(logits, sequences)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert chosen.tolist() == expected
+    assert pending.token_ids.is_cuda
+    assert [token.token_id for token in sampler.finish(pending)] == expected
+
+
+def test_launching_chooses_and_finishing_moves_grammars_on():
+    sequence = make_sequence(temperature=0.0, logprobs=1)
+    sequence.grammar = FakeMatcher([7, 8])
+    sampler, logits = Sampler(), random_logits(1)
+    sampler.launch(logits.clone(), [sequence])  # of which nothing comes: it may be launched again
+    pending = sampler.launch(logits.clone(), [sequence])
+    assert sequence.grammar.accepted == []
+    assert pending.token_ids.tolist() in ([7], [8]) and pending.sequences == [sequence]
+    [token] = sampler.finish(pending)
+    assert sequence.grammar.accepted == [token.token_id] == pending.token_ids.tolist()
+    assert token.logprobs.token_id == token.token_id
+
+
+def test_a_panic_of_one_grammar_that_goes_on_ends_its_row_only():
+    class Panic(BaseException):
+        pass
+
+    class Panicking(FakeMatcher):
+        def accept(self, token_id: int) -> None:
+            raise Panic("assertion failed")
+
+    sequences = [make_sequence(i, temperature=0.0) for i in range(2)]
+    sequences[0].grammar = Panicking([3])
+    tokens = Sampler().sample(random_logits(2), sequences)
+    assert "assertion failed" in str(tokens[0].error) and tokens[1].error is None
