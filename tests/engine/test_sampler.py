@@ -7,9 +7,19 @@ from engine.api import GenerateRequest, SamplingParams
 from engine.errors import GrammarError
 from engine.sampler import Sampler
 from engine.sequence import Sequence
+from tests.engine.choosing import choose_at_once
 
 VOCAB_SIZE = 500
 EOS = 2
+
+
+@pytest.fixture(autouse=True, params=["operators", "tables"])
+def way(request, monkeypatch):
+    """How tokens are chosen: operator by operator, or in one operation as on a GPU."""
+    if request.param == "tables":
+        if request.node.get_closest_marker("gpu"):
+            pytest.skip("the reference waits for the device")
+        choose_at_once(monkeypatch)
 
 
 def make_sequence(index: int = 0, prompt: tuple[int, ...] = (5, 6, 7), **params) -> Sequence:
