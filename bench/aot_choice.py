@@ -27,7 +27,7 @@ def choice_cases() -> list[Case]:
     columns = {"COLUMNS": choice.COLUMNS}
     of_splits = dict.fromkeys(("largest", "raw_largest", "raw_sum"), "*fp32")
     of_splits |= dict.fromkeys(("largest_id", "is_broken", "num_packed"), "*i32")
-    of_splits |= {"sums": "*fp64", "packed": "*fp32"}
+    of_splits |= {"scaled": "*fp32", "sums": "*fp64", "packed": "*fp32"}
     of_columns = {"column_largest": "*fp32", "raw_column": "*fp32", "raw_column_id": "*i32"}
     outputs = {"token_ids": "*i64", "logprobs": "*fp32", "top_logprobs": "*fp32", "top_ids": "*i64"}
     sizes = {"seeds": "*i64", "num_splits": "i32", "num_top": "i32"}

@@ -59,29 +59,29 @@ def run(logits: Tensor, tables: TokenTables) -> Chosen:
     of_columns = empty(num_rows, splits * COLUMNS)
     raw_column = empty(num_reported, splits * COLUMNS)
     raw_column_id = empty(num_reported, splits * COLUMNS, dtype=torch.int32)
-    sums = packed = num_packed = largest  # of which greedy rows need none
-    changes = (
-        logits, tables.floats, tables.ints, tables.positions, tables.counts, tables.addition_ids,
-        tables.amounts, tables.until, tables.draft_ids, tables.bitmask,
-    )  # fmt: skip
-    scan_kernel[(num_rows, splits)](
-        *changes, largest, largest_id, is_broken, of_columns, raw_largest, raw_sum, raw_column,
-        raw_column_id, num_rows, vocab_size, COLUMNS=COLUMNS, num_warps=SCAN_WARPS,
-        enable_fp_fusion=False,
-    )  # fmt: skip
+    scaled = sums = packed = num_packed = largest  # of which greedy rows need none
     if tables.has_draws:
+        scaled, packed = (empty(num_rows, splits, COLUMNS * NUM_MEMBERS) for _ in range(2))
         sums = empty(num_rows, splits, dtype=torch.float64)
         num_packed = empty(num_rows, splits, dtype=torch.int32)
-        packed = empty(num_rows, splits, COLUMNS * NUM_MEMBERS)
+    floats, ints, positions, counts = tables.floats, tables.ints, tables.positions, tables.counts
+    scan_kernel[(num_rows, splits)](
+        logits, floats, ints, positions, counts, tables.addition_ids, tables.amounts, tables.until,
+        tables.draft_ids, tables.bitmask, scaled, largest, largest_id, is_broken, of_columns,
+        raw_largest, raw_sum, raw_column, raw_column_id, num_rows, vocab_size, COLUMNS=COLUMNS,
+        num_warps=SCAN_WARPS, enable_fp_fusion=False,
+    )  # fmt: skip
+    if tables.has_draws:
         weigh_kernel[(num_rows, splits)](
-            *changes, largest, is_broken, of_columns, sums, packed, num_packed, num_rows,
-            vocab_size, COLUMNS=COLUMNS, SPLITS=at_once, num_warps=SCAN_WARPS,
+            floats, ints, scaled, largest, is_broken, of_columns, sums, packed, num_packed,
+            num_rows, vocab_size, COLUMNS=COLUMNS, SPLITS=at_once, num_warps=SCAN_WARPS,
             enable_fp_fusion=False,
         )  # fmt: skip
     choose_kernel[(num_rows,)](
-        chosen.token_ids, *changes[:3], tables.seeds, *changes[3:], largest, largest_id, is_broken,
-        sums, packed, num_packed, num_rows, vocab_size, splits, COLUMNS=COLUMNS,
-        SPLITS=at_once, WIDTH=AT_ONCE // at_once, num_warps=CHOOSE_WARPS, enable_fp_fusion=False,
+        chosen.token_ids, floats, ints, tables.seeds, positions, counts, scaled, largest,
+        largest_id, is_broken, sums, packed, num_packed, num_rows, vocab_size, splits,
+        COLUMNS=COLUMNS, SPLITS=at_once, WIDTH=AT_ONCE // at_once, num_warps=CHOOSE_WARPS,
+        enable_fp_fusion=False,
     )  # fmt: skip
     if num_reported:
         report_kernel[(num_rows,)](

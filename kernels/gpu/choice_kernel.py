@@ -6,16 +6,13 @@ program of the first two kernels has a split, COLUMNS columns, so that a row is 
 programs as it has splits; the number of splits depends on the vocabulary only, and so does every
 sum's order.
 
-scan_kernel    each split's largest logit, after penalties, additions and mask; what is not finite;
-               where asked, the sum of exponentials and each column's largest of the logits as they
-               came.
-weigh_kernel   of rows that draw: weights, exp(logit - largest), their sums, and the weights that
-               truncation may keep, packed together.
+scan_kernel    penalties, additions and mask; each split's largest logit, what is not finite; where
+               asked, the sum of exponentials and each column's largest of the logits as they came.
+               Of rows that draw, logits over temperature, split by split.
+weigh_kernel   of those: the sums of weights, exp(logit - largest), and the weights that truncation
+               may keep, packed together.
 choose_kernel  one program a row: the largest, or truncation's bound and the draw; counts it.
 report_kernel  one program a row that asked: log-probabilities.
-
-Logits are read by the first two and not changed: what is done to them is done again, which is
-cheaper than to write them.
 """
 
 from __future__ import annotations
@@ -100,21 +97,20 @@ def _changed(
 
 
 @triton.jit
-def _scaled(x, temperature):
-    """Logits of rows that draw are divided by the temperature."""
-    if temperature >= COLDEST:
-        x = tl.div_rn(x, temperature + tl.zeros_like(x))
-    return x
+def _place(COLUMNS: tl.constexpr):
+    """Where a split keeps its tokens: [MEMBERS, COLUMNS], one member after the other."""
+    return tl.arange(0, MEMBERS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
 
 
 @triton.jit
 def scan_kernel(
     logits, floats, ints, positions, counts, addition_ids, amounts, until, draft_ids, bitmask,
-    largest, largest_id, is_broken, column_largest, raw_largest, raw_sum, raw_column, raw_column_id,
-    num_rows, vocab_size, COLUMNS: tl.constexpr,
+    scaled, largest, largest_id, is_broken, column_largest, raw_largest, raw_sum, raw_column,
+    raw_column_id, num_rows, vocab_size, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_rows, num_splits).
 
+    scaled: [num_rows, num_splits, MEMBERS * COLUMNS];
     largest, largest_id, is_broken, raw_largest, raw_sum: [num_rows, num_splits];
     column_largest: [num_rows, num_splits * COLUMNS];
     raw_column, raw_column_id: [num_reported, num_splits * COLUMNS].
@@ -129,7 +125,10 @@ def scan_kernel(
         raw, token, there, row, floats, ints, positions, counts, addition_ids, amounts, until,
         draft_ids, bitmask, num_rows, vocab_size,
     )  # fmt: skip
-    x = _scaled(x, tl.load(floats + TEMPERATURE * num_rows + row))
+    temperature = tl.load(floats + TEMPERATURE * num_rows + row)
+    if temperature >= COLDEST:
+        x = tl.div_rn(x, temperature + tl.zeros_like(x))
+        tl.store(scaled + to.to(tl.int64) * (MEMBERS * COLUMNS) + _place(COLUMNS), x)
     of_columns = tl.max(x, 0)
     best = tl.max(of_columns, 0)
     tl.store(largest + to, best)
@@ -204,9 +203,8 @@ def _lower_bound(
 
 @triton.jit
 def weigh_kernel(
-    logits, floats, ints, positions, counts, addition_ids, amounts, until, draft_ids, bitmask,
-    largest, is_broken, column_largest, sums, packed, num_packed,
-    num_rows, vocab_size, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
+    floats, ints, scaled, largest, is_broken, column_largest, sums, packed, num_packed, num_rows,
+    vocab_size, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_rows, num_splits); greedy rows have nothing to do.
 
@@ -215,17 +213,12 @@ def weigh_kernel(
     places the weights that reach the bound.
     """
     row, split, num_splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    SIZE: tl.constexpr = MEMBERS * COLUMNS
     temperature = tl.load(floats + TEMPERATURE * num_rows + row)
     top = _row_largest(largest, is_broken, row, num_splits, SPLITS)
     if (temperature >= COLDEST) & (tl.abs(top) < float("inf")):
-        token, there = _tile(split, vocab_size, COLUMNS)
-        raw = tl.load(logits + row.to(tl.int64) * vocab_size + token, mask=there, other=0.0)
-        x = _changed(
-            raw, token, there, row, floats, ints, positions, counts, addition_ids, amounts, until,
-            draft_ids, bitmask, num_rows, vocab_size,
-        )  # fmt: skip
-        weights = tl.exp(_scaled(x, temperature) - top)
         to = row * num_splits + split
+        weights = tl.exp(tl.load(scaled + to.to(tl.int64) * SIZE + _place(COLUMNS)) - top)
         tl.store(sums + to, tl.sum(_column_sums(weights, COLUMNS).to(tl.float64), 0))
         min_p = tl.load(floats + MIN_P * num_rows + row)
         top_k = tl.load(ints + TOP_K * num_rows + row)
@@ -236,11 +229,10 @@ def weigh_kernel(
                 column_largest, row, top, min_p, top_k, top_p, num_splits, vocab_size, COLUMNS,
                 SPLITS * COLUMNS,
             )  # fmt: skip
-            flat = tl.reshape(weights, [MEMBERS * COLUMNS])
+            flat = tl.reshape(weights, [SIZE])
             is_kept = (flat >= bound).to(tl.int32)
             place = tl.cumsum(is_kept, 0) - 1
-            at = packed + to.to(tl.int64) * (MEMBERS * COLUMNS) + place
-            tl.store(at, flat, mask=is_kept > 0)
+            tl.store(packed + to.to(tl.int64) * SIZE + place, flat, mask=is_kept > 0)
             tl.store(num_packed + to, tl.sum(is_kept, 0))
 
 
@@ -387,9 +379,8 @@ def _truncated(
 
 @triton.jit
 def choose_kernel(
-    token_ids, logits, floats, ints, seeds, positions, counts, addition_ids, amounts, until,
-    draft_ids, bitmask, largest, largest_id, is_broken, sums, packed, num_packed,
-    num_rows, vocab_size, num_splits,
+    token_ids, floats, ints, seeds, positions, counts, scaled, largest, largest_id, is_broken, sums,
+    packed, num_packed, num_rows, vocab_size, num_splits,
     COLUMNS: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_rows); token_ids int64 [num_rows]."""
@@ -409,19 +400,15 @@ def choose_kernel(
             )  # fmt: skip
             noise = _uniform(tl.load(seeds + row), tl.load(positions + row))
             split, target = _find(of_splits, noise * tl.sum(of_splits, 0), SPLITS)
-            token, there = _tile(split, vocab_size, COLUMNS)
-            raw = tl.load(logits + row.to(tl.int64) * vocab_size + token, mask=there, other=0.0)
-            x = _changed(
-                raw, token, there, row, floats, ints, positions, counts, addition_ids, amounts,
-                until, draft_ids, bitmask, num_rows, vocab_size,
-            )  # fmt: skip
-            weights = tl.exp(_scaled(x, temperature) - top)
+            own = (row * num_splits + split).to(tl.int64) * (MEMBERS * COLUMNS)
+            weights = tl.exp(tl.load(scaled + own + _place(COLUMNS)) - top)
             weights = tl.where(weights >= floor, weights, 0.0)
             of_columns = _column_sums(weights, COLUMNS).to(tl.float64)
             column, target = _find(of_columns, target, COLUMNS)
             is_own = (tl.arange(0, COLUMNS) == column)[None, :]
             of_members = tl.sum(tl.where(is_own, weights, 0.0), 1).to(tl.float64)
             member, target = _find(of_members, target, MEMBERS)
+            token, there = _tile(split, vocab_size, COLUMNS)
             is_own = is_own & (tl.arange(0, MEMBERS) == member)[:, None] & there
             chosen = tl.max(tl.max(tl.where(is_own, token, 0), 0), 0)
     tl.store(token_ids + row, chosen.to(tl.int64))

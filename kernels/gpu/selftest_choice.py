@@ -76,6 +76,20 @@ def random_batch(num_rows: int, vocab_size: int, seed: int = 0) -> tuple[Tensor,
     return random(num_rows, vocab_size, seed=seed) * 3, tables
 
 
+def plain_tables(num_rows: int, vocab_size: int, **numbers: Any) -> TokenTables:
+    """Tables of rows that ask for nothing but for these numbers, one of each row's or for all."""
+    _, tables = random_batch(num_rows, vocab_size)
+    tables.ints.zero_()
+    tables.floats.zero_()
+    tables.counts.zero_()
+    neutral = {"top_p": 1.0, "repetition": 1.0, "counts": -1, "mask": -1, "logprobs": -1}
+    for name, value in (neutral | numbers).items():
+        tables.number(name)[:] = torch.as_tensor(value)
+    has_draws = bool(tables.number("temperature").any())
+    num_reported = int((tables.number("logprobs") >= 0).sum())
+    return replace(tables, num_reported=num_reported, num_top=0, has_draws=has_draws)
+
+
 def tables_on(tables: TokenTables, device: torch.device) -> TokenTables:
     """A copy on the device."""
     copies: dict[str, Any] = {}

@@ -9,28 +9,12 @@ from kernels.choice import (
     BROKEN,
     MAX_COUNT,
     NO_TOKEN,
-    TokenTables,
     choose_tokens_reference,
 )
 from kernels.gpu import choice
-from kernels.gpu.selftest_choice import random_batch, tables_on
+from kernels.gpu.selftest_choice import plain_tables, random_batch, tables_on
 
-VOCAB_SIZES = [1, 5, 127, 128, 129, 1100, 4099, 9000]  # around the 128 members of a column
-
-
-def plain_batch(num_rows: int, vocab_size: int, **numbers) -> TokenTables:
-    """Tables of rows that ask for nothing but what is given, row by row or for all."""
-    _, tables = random_batch(num_rows, vocab_size)
-    neutral = {
-        "temperature": 0.0, "min_p": 0.0, "top_p": 1.0, "repetition": 1.0, "presence": 0.0,
-        "frequency": 0.0, "top_k": 0, "counts": -1, "is_counted": 0, "mask": -1, "logprobs": -1,
-        "additions": 0, "additions_end": 0, "drafts": 0, "drafts_end": 0,
-    }  # fmt: skip
-    for name, value in (neutral | numbers).items():
-        tables.number(name)[:] = torch.as_tensor(value)
-    tables.counts.zero_()
-    has_draws = bool(tables.number("temperature").any())
-    return replace(tables, num_reported=0, num_top=0, has_draws=has_draws)
+VOCAB_SIZES = [1, 127, 128, 129, 1100, 9000]  # around the 128 members of a column
 
 
 def choose(logits, tables, device):
@@ -83,7 +67,7 @@ def test_greedy_rows_take_the_lowest_id_among_equals(device):
     logits[2] = -5.0
     logits[2, 1098] = -4.0
     logits[3, :] = -1e30
-    assert choose(logits, plain_batch(4, 1100), device)[0] == [0, 70, 1098, 0]
+    assert choose(logits, plain_tables(4, 1100), device)[0] == [0, 70, 1098, 0]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -91,7 +75,7 @@ def test_a_row_that_is_not_finite_is_broken_and_no_other(bad, device):
     logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
     expected = logits.argmax(-1).tolist()
     logits[1, 123] = bad
-    tables = plain_batch(3, 300, temperature=torch.tensor([0.0, 1.0, 0.0]), logprobs=[-1, 0, 1])
+    tables = plain_tables(3, 300, temperature=torch.tensor([0.0, 1.0, 0.0]), logprobs=[-1, 0, 1])
     tables = replace(tables, num_reported=2, num_top=3)
     tables.number("counts")[:] = torch.tensor([0, 1, 2])
     tables.number("is_counted").fill_(1)
@@ -102,7 +86,7 @@ def test_a_row_that_is_not_finite_is_broken_and_no_other(bad, device):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_from_which_everything_is_excluded_has_no_token(temperature, device):
-    tables = plain_batch(
+    tables = plain_tables(
         3, 70, temperature=temperature, mask=torch.tensor([0, -1, 1]),
         additions=torch.tensor([0, 0, 1]), additions_end=torch.tensor([0, 1, 2]),
     )  # fmt: skip
@@ -116,7 +100,7 @@ def test_a_row_from_which_everything_is_excluded_has_no_token(temperature, devic
 
 
 def test_additions_hold_below_their_position(device):
-    tables = plain_batch(3, 70, additions_end=1)
+    tables = plain_tables(3, 70, additions_end=1)
     tables.addition_ids[0], tables.amounts[0], tables.until[0] = 9, -torch.inf, 2
     tables.positions[:] = torch.tensor([0, 1, 2])
     logits = torch.zeros(3, 70)
@@ -128,7 +112,7 @@ def test_temperatures_from_nearly_none_to_huge(device):
     generator = torch.Generator().manual_seed(1)
     temperature = torch.tensor([9e-6, 1e-5, 1e-3, 1.0, 1e3, 1e6])
     logits = torch.randn(1, 1100, generator=generator).repeat(6, 1) * 3
-    tables = plain_batch(6, 1100, temperature=temperature, top_p=0.9)
+    tables = plain_tables(6, 1100, temperature=temperature, top_p=0.9)
     found, _ = choose(logits, tables, device)
     assert found == expect(logits, tables)[0]
     assert found[:3] == [int(logits[0].argmax())] * 3
@@ -137,7 +121,7 @@ def test_temperatures_from_nearly_none_to_huge(device):
 def test_what_underflows_to_zero_is_never_drawn(device):
     logits = torch.full((3, 500), -1e30)
     logits[:, 432] = 1e30
-    tables = plain_batch(3, 500, temperature=1.0, top_k=torch.tensor([0, 5, 0]))
+    tables = plain_tables(3, 500, temperature=1.0, top_k=torch.tensor([0, 5, 0]))
     tables.number("top_p")[2] = 0.5
     assert choose(logits, tables, device)[0] == [432] * 3
 
@@ -148,7 +132,7 @@ def test_equals_at_the_border_are_all_kept(device):
     logits = torch.full((num_rows, 300), -3.0)
     logits[:, 7] = 1.0
     logits[:, [20, 150, 299]] = 0.5
-    tables = plain_batch(num_rows, 300, temperature=1.0, top_k=2)
+    tables = plain_tables(num_rows, 300, temperature=1.0, top_k=2)
     found, _ = choose(logits, tables, device)
     assert set(found) <= {7, 20, 150, 299} and len(set(found)) > 2
     assert found == expect(logits, tables)[0]
@@ -160,26 +144,26 @@ def test_flat_distributions_are_truncated_too(rule, device):
     logits = torch.linspace(0, 1, 1100).repeat(6, 1)
     if "min_p" in rule:
         logits[:, 100:103] = 1.0
-    tables = plain_batch(6, 1100, temperature=1.0, **rule)
+    tables = plain_tables(6, 1100, temperature=1.0, **rule)
     assert choose(logits, tables, device)[0] == expect(logits, tables)[0]
 
 
 def test_tokens_are_counted_where_rows_say_so_and_never_beyond_16_bits(device):
     logits = torch.zeros(3, 40)
     logits[:, 7] = 9.0
-    tables = plain_batch(3, 40, counts=torch.tensor([0, 1, 2]), is_counted=torch.tensor([1, 0, 1]))
+    tables = plain_tables(3, 40, counts=torch.tensor([0, 1, 2]), is_counted=torch.tensor([1, 0, 1]))
     tables.counts[2, 7] = MAX_COUNT
     found, counts = choose(logits, tables, device)
     assert found == [7] * 3 and counts[:3, 7].tolist() == [1, 0, MAX_COUNT]
 
 
 def test_batches_without_rows_are_fine(device):
-    tables = plain_batch(0, 40)
+    tables = plain_tables(0, 40)
     assert choose(torch.zeros(0, 40), tables, device)[0] == []
 
 
 def test_logits_that_the_kernels_cannot_read_are_declined(device):
-    tables = tables_on(plain_batch(2, 40), device)
+    tables = tables_on(plain_tables(2, 40), device)
     logits = torch.zeros(2, 40, device=device)
     assert choice.accepts(logits, tables)
     assert not choice.accepts(logits.half(), tables)
