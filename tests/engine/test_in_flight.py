@@ -392,6 +392,8 @@ MIX = {
     "penalised": {"repetition_penalty": 1.2, "frequency_penalty": 0.2},
     "biased": {"logit_bias": ((9, 2.0), (10, -3.0))},
     "bound": {"grammar": 12},
+    "patient": {"min_tokens": 9, "stop_token_ids": tuple(range(3, 40))},
+    "waiting": {"min_tokens": 9, "stop_token_ids": tuple(range(3, 40))},
     "adapted": {"adapter": adapter(1), "logprobs": 0},
     "scored": {"adapter": adapter(2, name="reward"), "task": "score"},
 }
@@ -404,7 +406,7 @@ def add_mix(fake: FakeEngine) -> None:
 
 @pytest.mark.parametrize("is_recorded", [False, True], ids=["eager", "recorded"])
 def test_nothing_is_read_early_and_no_host_memory_is_overwritten(monkeypatch, caplog, is_recorded):
-    options = {"max_num_seqs": 9, "num_rows": 3, "graph_sizes": (1, 2, 4, 8, 9)}
+    options = {"max_num_seqs": 10, "num_rows": 3, "graph_sizes": (1, 2, 4, 8, 10)}
     plain = FakeEngine(num_blocks=256, **options)
     plain.model.originality = 0.3
     add_mix(plain)
