@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from engine.api import RecordingProgress
+from engine.batch import LastTokens
 from engine.decode_inputs import DecodeInputs
 from engine.sequence import Sequence
 
@@ -121,7 +122,9 @@ class DecodeGraphs:
         self.num_bytes = 0
         """What the recordings that there are have taken of the device's memory."""
 
-    def run(self, items: SequenceOf[tuple[Sequence, int]]) -> torch.Tensor | None:
+    def run(
+        self, items: SequenceOf[tuple[Sequence, int]], last: LastTokens | None = None
+    ) -> torch.Tensor | None:
         """A decode step's logits, float32 [num_tokens, vocab_size], which the next one overwrites;
         None where this step has to run as others do."""
         size = self._size_for(items)
@@ -133,7 +136,7 @@ class DecodeGraphs:
         is_known = size in self._replays
         if not is_known and not self._may_record:
             return None
-        num_rows = self._inputs.load([sequence for sequence, _ in items], size)
+        num_rows = self._inputs.load([sequence for sequence, _ in items], size, last)
         if not is_known and not self._record(size):
             return None
         self._replays[size]()
@@ -154,7 +157,7 @@ class DecodeGraphs:
         if num_rows > self._sizes[-1]:
             return None
         # A prompt's last token is no decode: it may be scored, or tell about the prompt.
-        if not all(s.num_missing_tokens == 1 and s.output_token_ids for s, _ in items):
+        if not all(s.num_missing_tokens == 1 and s.has_output for s, _ in items):
             return None
         if not self._pool.may_be_recorded([sequence.lora_row for sequence, _ in items]):
             return None

@@ -326,8 +326,8 @@ def _change_logits(plan: _Plan, logits: Tensor) -> None:
     for row in plan.min_tokens_rows:
         sequence = plan.sequences[row]
         if plan.num_output_tokens(row) < sequence.params.min_tokens:
-            stop = [i for i in sequence.stop_token_ids if i < logits.shape[1]]
-            logits[row, stop] = -torch.inf
+            stop = torch.tensor([i for i in sequence.stop_token_ids if i < logits.shape[1]])
+            logits[row].index_fill_(0, to_device(stop.long(), plan.device), -torch.inf)
     if plan.bitmask is not None:
         apply_bitmask(logits, list(plan.matchers), plan.bitmask)
 

@@ -62,6 +62,6 @@ def copy_to_host(*tensors: Tensor) -> HostCopy:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on the device, without waiting for what runs there."""
-    if device.type == "cuda" and tensor.numel():
+    if device.type != "cpu" and tensor.numel():
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

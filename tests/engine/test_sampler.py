@@ -313,6 +313,7 @@ def test_a_panic_of_one_grammar_that_goes_on_ends_its_row_only():
 
     class Panicking(FakeMatcher):
         def accept(self, token_id: int) -> None:
+            del token_id
             raise Panic("assertion failed")
 
     sequences = [make_sequence(i, temperature=0.0) for i in range(2)]

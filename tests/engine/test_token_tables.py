@@ -32,12 +32,16 @@ def test_every_kind_of_request_gets_the_answer_that_the_operators_give(config, m
     assert answers() == expected
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(6))
 def test_a_storm_with_penalties_preemptions_and_cancellations_is_answered_alike(seed, monkeypatch):
+    """With drafts, step by step, and with a step launched before the last one's tokens are read."""
+
     def answers() -> dict[str, tuple]:
         dice = random.Random(seed)
-        config = CONFIG if seed % 2 else None
-        fake = engine(config, num_blocks=30, max_num_seqs=6, max_num_batched_tokens=16)
+        fake = engine(
+            CONFIG if seed % 3 == 1 else None, num_blocks=30, max_num_seqs=6,
+            max_num_batched_tokens=16, async_scheduling="on" if seed % 3 == 2 else "off",
+        )  # fmt: skip
         kinds = [*KINDS.values(), PENALTIES, PENALTIES | {"temperature": 0.0}]
         left = []
         for number in range(40):
@@ -62,15 +66,16 @@ def test_a_storm_with_penalties_preemptions_and_cancellations_is_answered_alike(
 def test_a_step_that_failed_and_is_repeated_counts_its_tokens_once(monkeypatch):
     def answers() -> list[list[int]]:
         fake = FakeEngine(num_blocks=256)
-        finish, numbers = Sampler.finish, iter(range(1000))
+        launch, numbers = Sampler.launch, iter(range(1000))
 
-        def fail(self, pending):
+        def fail(self, logits, sequences):
+            pending = launch(self, logits, sequences)
             if next(numbers) % 7 == 5:
                 raise RuntimeError("after the device has chosen")
-            return finish(self, pending)
+            return pending
 
         with monkeypatch.context() as patch:
-            patch.setattr(Sampler, "finish", fail)
+            patch.setattr(Sampler, "launch", fail)
             for number in range(3):
                 fake.add(f"r{number}", [number, 5, 6], max_tokens=30, **PENALTIES, temperature=0.0)
             for _ in range(100):
