@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from engine.acceptance import as_engine_error
-from engine.api import SamplingParams, TokenLogprobs
+from engine.api import GenerateRequest, SamplingParams, TokenLogprobs
 from engine.errors import EngineError, GrammarError, RequestError
 from engine.grammar import GrammarMatcher
 from engine.sequence import Sequence
@@ -131,6 +131,14 @@ class Sampler:
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
         """Both at once."""
         return self.finish(self.launch(logits, sequences))
+
+    @torch.inference_mode()
+    def warm_up(self, vocab_size: int, device: torch.device) -> None:
+        """Choose a token of nothing, so that kernels are compiled before a request waits for it."""
+        params = SamplingParams(max_tokens=1, temperature=1.0, top_k=2, top_p=0.5, logprobs=1)
+        request = GenerateRequest(request_id="warm-up", prompt_token_ids=(0,), params=params)
+        self.sample(torch.zeros(1, vocab_size, device=device), [Sequence(request, arrival=0)])
+        self._plan = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,10 +110,13 @@ def create_engine(
             budget_bytes=reserves["graphs"],
             report=report_recording,
         )
+    sampler = Sampler()
+    if device.type != "cpu":
+        sampler.warm_up(spec.vocab_size, device)
     engine = Engine(
         config,
         ModelRunner(model, kv_caches, pool, block_size=block_size, device=device, graphs=graphs),
-        Sampler(),
+        sampler,
         GrammarCompiler(config.model.tokenizer or folder, spec.vocab_size, spec.eos_token_ids),
         pool,
         num_blocks=num_blocks,

@@ -59,11 +59,11 @@ def run(logits: Tensor, tables: TokenTables) -> Chosen:
     of_columns = empty(num_rows, splits * COLUMNS)
     raw_column = empty(num_reported, splits * COLUMNS)
     raw_column_id = empty(num_reported, splits * COLUMNS, dtype=torch.int32)
-    scaled = sums = packed = num_packed = largest  # of which greedy rows need none
+    sums = empty(num_rows, splits, dtype=torch.float64)
+    num_packed = empty(num_rows, splits, dtype=torch.int32)
+    scaled = packed = largest  # which greedy rows do not need; of the same type, as the kernels'
     if tables.has_draws:
         scaled, packed = (empty(num_rows, splits, COLUMNS * NUM_MEMBERS) for _ in range(2))
-        sums = empty(num_rows, splits, dtype=torch.float64)
-        num_packed = empty(num_rows, splits, dtype=torch.int32)
     floats, ints, positions, counts = tables.floats, tables.ints, tables.positions, tables.counts
     scan_kernel[(num_rows, splits)](
         logits, floats, ints, positions, counts, tables.addition_ids, tables.amounts, tables.until,

@@ -44,7 +44,8 @@ COLDEST = tl.constexpr(GREEDY_BELOW)
 MEMBERS = tl.constexpr(NUM_MEMBERS)
 GAMMA, FIRST_FACTOR, SECOND_FACTOR = (tl.constexpr(x) for x in (GOLDEN_GAMMA, MIX_1, MIX_2))
 
-VARYING = ["num_rows", "num_masks", "num_top"]
+ROWS = ["num_rows"]
+ROWS_AND_TOP = ["num_rows", "num_top"]
 """Arguments whose value must not cause another compilation while requests wait."""
 
 
@@ -102,7 +103,7 @@ def _place(COLUMNS: tl.constexpr):
     return tl.arange(0, MEMBERS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROWS)
 def scan_kernel(
     logits, floats, ints, positions, counts, addition_ids, amounts, until, draft_ids, bitmask,
     scaled, largest, largest_id, is_broken, column_largest, raw_largest, raw_sum, raw_column,
@@ -201,7 +202,7 @@ def _lower_bound(
     return bound
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROWS)
 def weigh_kernel(
     floats, ints, scaled, largest, is_broken, column_largest, sums, packed, num_packed, num_rows,
     vocab_size, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
@@ -377,7 +378,7 @@ def _truncated(
     return floor, kept
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROWS)
 def choose_kernel(
     token_ids, floats, ints, seeds, positions, counts, scaled, largest, largest_id, is_broken, sums,
     packed, num_packed, num_rows, vocab_size, num_splits,
@@ -419,7 +420,7 @@ def choose_kernel(
         tl.store(counts + place * vocab_size + chosen, tl.where(is_full, count, count + 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ROWS_AND_TOP)
 def report_kernel(
     logprobs, top_logprobs, top_ids, logits, ints, token_ids, raw_largest, raw_sum, raw_column,
     raw_column_id, num_rows, num_top, vocab_size, num_splits,

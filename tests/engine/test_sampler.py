@@ -320,3 +320,11 @@ def test_a_panic_of_one_grammar_that_goes_on_ends_its_row_only():
     sequences[0].grammar = Panicking([3])
     tokens = Sampler().sample(random_logits(2), sequences)
     assert "assertion failed" in str(tokens[0].error) and tokens[1].error is None
+
+
+def test_warming_up_leaves_nothing_behind():
+    sampler, sequence = Sampler(), make_sequence(temperature=0.0, frequency_penalty=1.0)
+    sampler.warm_up(VOCAB_SIZE, torch.device("cpu"))
+    assert sampler._plan is None
+    logits = random_logits(1)
+    assert sampler.sample(logits.clone(), [sequence])[0].token_id == logits.argmax().item()

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bench.aot_choice import VOCAB_SIZE, choice_cases
 from kernels.choice import (
     BROKEN,
     MAX_COUNT,
@@ -169,3 +170,41 @@ def test_logits_that_the_kernels_cannot_read_are_declined(device):
     assert not choice.accepts(logits.half(), tables)
     assert not choice.accepts(torch.zeros(40, 2, device=device).T, tables)
     assert not choice.accepts(torch.zeros(1, 600_000, device=device), None)
+
+
+class Recorder:
+    """Takes a kernel's place and keeps the types of what it is launched with."""
+
+    def __init__(self, kernel) -> None:
+        self.names = kernel.arg_names
+        self.seen: list[dict[str, object]] = []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options) -> None:
+            types = [TYPES.get(getattr(x, "dtype", int), "i32") for x in arguments]
+            known = dict(zip(self.names, types, strict=False))
+            self.seen.append(known | {name: options[name] for name in options if name.isupper()})
+
+        return launch
+
+
+TYPES = {
+    torch.float32: "*fp32", torch.float64: "*fp64", torch.int16: "*i16", torch.int32: "*i32",
+    torch.int64: "*i64",
+}  # fmt: skip
+
+
+def test_every_batch_launches_what_is_compiled_once_and_counted(monkeypatch):
+    """Another type would be another compilation, while requests wait; see bench/aot_choice.py."""
+    cases = {case.kernel.arg_names[0]: case for case in choice_cases()}
+    recorders = {}
+    for name in ("scan_kernel", "weigh_kernel", "choose_kernel", "report_kernel"):
+        recorders[name] = Recorder(getattr(choice, name))
+        monkeypatch.setattr(choice, name, recorders[name])
+    for numbers in ({}, {"temperature": 1.0}, {"logprobs": torch.arange(3)}):
+        choice.run(torch.zeros(3, VOCAB_SIZE), plain_tables(3, VOCAB_SIZE, **numbers))
+    assert [len(recorder.seen) for recorder in recorders.values()] == [3, 1, 3, 1]
+    for recorder in recorders.values():
+        case = cases[recorder.names[0]]
+        for seen in recorder.seen:
+            assert seen == case.types | case.constants
