@@ -179,6 +179,7 @@ def make_batch_tables(
     number = dict(zip((*FLOATS, *INTS), (*floats, *ints), strict=True))
     for name in ("counts", "mask", "logprobs"):
         number[name][:] = -1
+    number["repetition"][:] = 1.0
     additions: list[tuple[int, float, int]] = []
     num_draft_ids = 0
     for row, (sequence, offset) in enumerate(zip(sequences, offsets, strict=True)):
@@ -187,18 +188,20 @@ def make_batch_tables(
         number["temperature"][row] = p.temperature if is_drawn else 0.0
         number["min_p"][row], number["top_p"][row] = p.min_p, p.top_p
         number["top_k"][row] = min(max(p.top_k, 0), vocab_size)
-        number["repetition"][row] = p.repetition_penalty
-        number["presence"][row], number["frequency"][row] = p.presence_penalty, p.frequency_penalty
         if has_penalties(p):
+            number["repetition"][row] = p.repetition_penalty
+            number["presence"][row] = p.presence_penalty
+            number["frequency"][row] = p.frequency_penalty
             number["counts"][row] = counts.row(sequence)
             number["is_counted"][row] = not sequence.draft_token_ids
             if offset == 0:
                 num_draft_ids += len(sequence.draft_token_ids)
             number["drafts"][row] = num_draft_ids - len(sequence.draft_token_ids)
             number["drafts_end"][row] = number["drafts"][row] + offset
-        number["additions"][row] = len(additions)
-        additions += _additions(sequence, vocab_size)
-        number["additions_end"][row] = len(additions)
+        if p.logit_bias or p.min_tokens:
+            number["additions"][row] = len(additions)
+            additions += _additions(sequence, vocab_size)
+            number["additions_end"][row] = len(additions)
     number["mask"][list(mask_rows)] = range(len(mask_rows))
     reported = [row for row, s in enumerate(sequences) if s.params.logprobs is not None]
     number["logprobs"][reported] = range(len(reported))
