@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from bench.aot_choice import VOCAB_SIZE, choice_cases
 from kernels.choice import (
@@ -12,8 +14,9 @@ from kernels.choice import (
     NO_TOKEN,
     choose_tokens_reference,
 )
-from kernels.gpu import choice
+from kernels.gpu import choice, choice_kernel
 from kernels.gpu.selftest_choice import plain_tables, random_batch, tables_on
+from kernels.sampling import uniform
 
 VOCAB_SIZES = [1, 127, 128, 129, 1100, 9000]  # around the 128 members of a column
 
@@ -28,6 +31,22 @@ def choose(logits, tables, device):
 def expect(logits, tables):
     own = tables_on(tables, logits.device)
     return choose_tokens_reference(logits, own).token_ids.tolist(), own.counts
+
+
+@triton.jit
+def noise_kernel(out, seeds, positions):
+    """Grid (num_rows); out float64 [num_rows]."""
+    row = tl.program_id(0)
+    noise = choice_kernel._uniform(tl.load(seeds + row), tl.load(positions + row))
+    tl.store(out + row, noise)
+
+
+def test_noise_is_the_host_s_to_the_bit(device):
+    seeds = torch.tensor([0, 1, 2**63 - 1, -1, 123456789, -(2**63)])
+    positions = torch.tensor([0, 1, 77, 2**40, 5, 3])
+    out = torch.empty(6, dtype=torch.float64, device=device)
+    noise_kernel[(6,)](out, seeds.to(device), positions.to(device))
+    assert torch.equal(out.cpu(), uniform(seeds, positions))
 
 
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
