@@ -205,6 +205,8 @@ class Engine:
         queued = {*self.scheduler.waiting, *self.scheduler.running}
         assert set(sequences) == compiling | queued, "a sequence is lost"
         assert not compiling & queued, "a sequence runs without its grammar"
+        flying = {s for s, _ in self._in_flight.items} if self._in_flight is not None else set()
+        assert all(s in flying for s in sequences if s.num_pending_tokens), "a token is lost"
         self.adapters.check_integrity([s.adapter for s in sequences if s.adapter is not None])
 
     def close(self) -> None:
@@ -233,7 +235,7 @@ class Engine:
     @torch.inference_mode()
     def _run(self, items: list[tuple[Sequence, int]], deltas: list[RequestDelta]) -> None:
         """Launch a step, end the one before, and leave the new one in flight; after an error find
-        out whose it is by running each sequence alone."""
+        out whose it is by running each sequence alone. The order is that of engine/in_flight.py."""
         last = self._in_flight.last_tokens if self._in_flight is not None else None
         result, error = _attempt(lambda: self._runner.run(items, last))
         self._end_step(deltas)
@@ -243,6 +245,7 @@ class Engine:
             pending, error = _attempt(lambda: launch_choice(self._sampler, result))
         if error is not None:
             self._repeat(items, error, result is not None, deltas)
+            error.__traceback__ = None  # it would keep this frame, and the step's tensors
             return
         assert result is not None
         self._runner.prepare_next()
