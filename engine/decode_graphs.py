@@ -207,7 +207,8 @@ class DecodeGraphs:
         )
 
     def _forget(self) -> None:
-        """The pool has changed: what was recorded reads adapters where they no longer are."""
+        """The pool has changed: what was recorded reads adapters where they no longer are.
+        CUDA lets a recording in flight run to its end before it frees it."""
         self._replays.clear()
         self._logits.clear()
         self._backend.forget()

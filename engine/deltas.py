@@ -1,12 +1,61 @@
-"""What a step tells about a request, and why a text ends."""
+"""What a step adds to a text, why that ends, and what is told about it."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 from engine.api import FinishReason, RequestDelta, TokenLogprobs
 from engine.errors import EngineError
+from engine.sampler import NOT_REACHED, SampledToken
 from engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What a text has got from a step."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None
+    """Where the request asked for them."""
+    reason: FinishReason | None
+    """Why it ends, where it does."""
+    stop_token_id: int | None
+    error: EngineError | None
+    """Why it cannot go on behind these tokens."""
+
+
+def append_tokens(sequence: Sequence, tokens: list[SampledToken]) -> Added:
+    """Append the tokens that a text comes to, up to its end.
+
+    Args:
+        sequence: its drafts stand.
+        tokens: of its next position, and of those behind its drafts.
+    """
+    reached = [token for token in tokens if token is not NOT_REACHED]
+    appended: list[SampledToken] = []
+    reason: FinishReason | None = None
+    is_stop_token = False
+    for token in reached:
+        if token.error is not None:
+            break
+        if appended:  # so the draft in front of this token was right
+            sequence.num_computed_tokens += 1
+        sequence.append(token.token_id)
+        appended.append(token)
+        reason, is_stop_token = _why_it_ends(sequence, is_last=token is reached[-1])
+        if reason is not None:
+            break
+    logprobs = None
+    if sequence.params.logprobs is not None:
+        logprobs = tuple(token.logprobs for token in appended if token.logprobs is not None)
+    return Added(
+        token_ids=tuple(token.token_id for token in appended),
+        logprobs=logprobs,
+        reason=reason,
+        stop_token_id=appended[-1].token_id if is_stop_token else None,
+        error=None if reason is not None else reached[-1].error,
+    )
 
 
 def make_delta(
@@ -43,7 +92,7 @@ def make_delta(
     )
 
 
-def why_it_ends(sequence: Sequence, *, is_last: bool) -> tuple[FinishReason | None, bool]:
+def _why_it_ends(sequence: Sequence, *, is_last: bool) -> tuple[FinishReason | None, bool]:
     """Why a text ends with the token just appended, if it does, and whether that is a stop token.
 
     Args:

@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from operator import itemgetter
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 
-from engine.acceptance import as_engine_error, check_request
+from engine.acceptance import as_engine_error, attempt, check_request
 from engine.adapter_commands import AdapterCommands
 from engine.api import (
     EngineStats,
@@ -31,12 +31,11 @@ from engine.api import (
 )
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
-from engine.deltas import make_delta, why_it_ends
+from engine.deltas import append_tokens, make_delta
 from engine.errors import AdapterError, EngineError, RequestError
 from engine.grammar_queue import GrammarQueue
 from engine.in_flight import StepInFlight, launch_choice
 from engine.model_runner import Model, ModelRunner
-from engine.sampler import NOT_REACHED
 from engine.scheduler import Group, Scheduler
 from engine.sequence import Sequence
 
@@ -46,12 +45,6 @@ if TYPE_CHECKING:
     from engine.sampler import SampledToken, Sampler
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-FATAL = (torch.AcceleratorError, KeyboardInterrupt, SystemExit)
-"""After these nothing can be repeated. All else is a request's fault, even a panic in a native
-library, which is a BaseException."""
 
 
 class Engine:
@@ -205,6 +198,8 @@ class Engine:
         queued = {*self.scheduler.waiting, *self.scheduler.running}
         assert set(sequences) == compiling | queued, "a sequence is lost"
         assert not compiling & queued, "a sequence runs without its grammar"
+        flying = {s for s, _ in self._in_flight.items} if self._in_flight is not None else set()
+        assert all(s in flying for s in sequences if s.num_pending_tokens), "a token is lost"
         self.adapters.check_integrity([s.adapter for s in sequences if s.adapter is not None])
 
     def close(self) -> None:
@@ -233,21 +228,22 @@ class Engine:
     @torch.inference_mode()
     def _run(self, items: list[tuple[Sequence, int]], deltas: list[RequestDelta]) -> None:
         """Launch a step, end the one before, and leave the new one in flight; after an error find
-        out whose it is by running each sequence alone."""
+        out whose it is by running each sequence alone. The order is that of engine/in_flight.py."""
         last = self._in_flight.last_tokens if self._in_flight is not None else None
-        result, error = _attempt(lambda: self._runner.run(items, last))
+        result, error = attempt(lambda: self._runner.run(items, last))
         self._end_step(deltas)
         items = [(sequence, count) for sequence, count in items if not sequence.has_ended]
         pending = None
         if result is not None:
-            pending, error = _attempt(lambda: launch_choice(self._sampler, result))
+            pending, error = attempt(lambda: launch_choice(self._sampler, result))
         if error is not None:
             self._repeat(items, error, result is not None, deltas)
+            error.__traceback__ = None  # it would keep this frame, and the step's tensors
             return
         assert result is not None
         self._runner.prepare_next()
         for sequence, num_new_tokens in items:
-            # Of drafts nothing is known yet: _advance counts those that were right.
+            # Of drafts nothing is known yet: append_tokens counts those that were right.
             sequence.num_computed_tokens += num_new_tokens - len(sequence.draft_token_ids)
         for sequence in pending.sequences if pending is not None else ():
             sequence.num_pending_tokens = 1
@@ -296,7 +292,7 @@ class Engine:
         for sequence, _ in step.items:
             sequence.num_pending_tokens = 0
         living = [sequence for sequence, _ in step.items if not sequence.has_ended]
-        brought, error = _attempt(lambda: step.wait(self._sampler))
+        brought, error = attempt(lambda: step.wait(self._sampler))
         if error is not None:  # nobody knows what the device has computed
             logger.error("A step's results could not be read.", exc_info=error)
             failure = as_engine_error(error)
@@ -315,47 +311,26 @@ class Engine:
                 deltas.append(self._finish(sequence, "stop", score=score))
 
     def _advance(self, sequence: Sequence, tokens: list[SampledToken]) -> list[RequestDelta]:
-        """Append the tokens that a text comes to and say so, with the end where there is one.
-
-        Args:
-            sequence: its drafts are dropped.
-            tokens: of its next position, and of those behind its drafts.
-        """
-        reached = [token for token in tokens if token is not NOT_REACHED]
-        appended: list[SampledToken] = []
-        reason: FinishReason | None = None
-        is_stop_token = False
-        for token in reached:
-            if token.error is not None:
-                break
-            if appended:  # so the draft in front of this token was right
-                sequence.num_computed_tokens += 1
-                self.blocks.commit(sequence)
-            sequence.append(token.token_id)
-            appended.append(token)
-            reason, is_stop_token = why_it_ends(sequence, is_last=token is reached[-1])
-            if reason is not None:
-                break
-        token_ids = tuple(token.token_id for token in appended)
+        """Append the tokens that a text comes to and say so, with the end where there is one; drop
+        its drafts."""
+        added = append_tokens(sequence, tokens)
+        self.blocks.commit(sequence)
         if sequence.draft_token_ids:
-            self.scheduler.settle_drafts(sequence, token_ids)
-        logprobs = None
-        if sequence.params.logprobs is not None:
-            logprobs = tuple(token.logprobs for token in appended if token.logprobs is not None)
-        if reason is not None:
-            stop_token_id = token_ids[-1] if is_stop_token else None
+            self.scheduler.settle_drafts(sequence, added.token_ids)
+        if added.reason is not None:
             final = self._finish(
                 sequence,
-                reason,
-                token_ids=token_ids,
-                logprobs=logprobs,
-                stop_token_id=stop_token_id,
+                added.reason,
+                token_ids=added.token_ids,
+                logprobs=added.logprobs,
+                stop_token_id=added.stop_token_id,
             )
             return [final]
-        deltas = [make_delta(sequence, token_ids, logprobs)] if appended else []
-        error = reached[-1].error
-        if error is not None:
-            deltas.append(self._finish_failed(sequence, error))
+        deltas = []
+        if added.token_ids:
+            deltas.append(make_delta(sequence, added.token_ids, added.logprobs))
+        if added.error is not None:
+            deltas.append(self._finish_failed(sequence, added.error))
         return deltas
 
     def _finish_failed(self, sequence: Sequence, error: EngineError) -> RequestDelta:
@@ -410,13 +385,3 @@ class Engine:
             num_draft_tokens=speculation.num_draft_tokens if speculation else 0,
             num_accepted_tokens=speculation.num_accepted_tokens if speculation else 0,
         )
-
-
-def _attempt(run: Callable[[], T]) -> tuple[T | None, BaseException | None]:
-    """What a call returns, or what it raises: a request's boundary, only those at fault end."""
-    try:
-        return run(), None
-    except FATAL:
-        raise
-    except BaseException as error:
-        return None, error

@@ -299,6 +299,19 @@ def test_a_step_without_memory_is_repeated_when_room_has_been_made():
         assert fake.text(f"r{number}") == expected_text([number, *PROMPT], 9)
 
 
+def test_a_device_that_is_lost_while_its_tokens_are_waited_for_is_not_survived():
+    fake = ahead()
+    fake.add("a", PROMPT)
+    fake.step()
+
+    def lost(_):
+        raise torch.AcceleratorError("the device is lost")
+
+    fake.engine._sampler.finish = lost
+    with pytest.raises(torch.AcceleratorError):
+        fake.step()
+
+
 # What waits.
 
 
