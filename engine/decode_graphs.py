@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from engine.api import RecordingProgress
 from engine.batch import LastTokens
 from engine.decode_inputs import DecodeInputs
 from engine.sequence import Sequence
@@ -92,6 +93,7 @@ class DecodeGraphs:
         max_num_blocks: int,
         device: torch.device,
         budget_bytes: int | None = None,
+        report: Callable[[RecordingProgress], None] = lambda _: None,
     ) -> None:
         """
         Args:
@@ -99,6 +101,7 @@ class DecodeGraphs:
             block_size: tokens per KV block.
             max_num_blocks: of one sequence's block table.
             budget_bytes: of the device's memory that recordings may take; None: any.
+            report: told before and after each recording, which takes a moment that people notice.
         """
         self._model = model
         self._kv_caches = kv_caches
@@ -106,6 +109,7 @@ class DecodeGraphs:
         self._backend = backend
         self._sizes = sizes
         self._budget_bytes = budget_bytes
+        self._report = report
         self._inputs = DecodeInputs(
             max(sizes), block_size=block_size, max_num_blocks=max_num_blocks, device=device
         )
@@ -169,6 +173,7 @@ class DecodeGraphs:
             self._logits[size] = self._model.logits(hidden, lora)
 
         before_bytes = self._backend.memory_bytes()
+        self._report_progress(is_recording=True)
         try:
             self._replays[size] = self._backend.capture(run)
         except torch.AcceleratorError:
@@ -177,6 +182,8 @@ class DecodeGraphs:
             logger.warning("Decode steps are not recorded as graphs: %s", error)
             self._is_given_up = True
             return False
+        finally:
+            self._report_progress(is_recording=False)
         self.num_bytes += max(0, self._backend.memory_bytes() - before_bytes)
         logger.info(
             "Recorded the decode step of %d sequences (%d of %d sizes, %.0f MB in all).",
@@ -189,6 +196,15 @@ class DecodeGraphs:
                 self.num_bytes / 1e6, self._budget_bytes / 1e6,
             )  # fmt: skip
         return True
+
+    def _report_progress(self, *, is_recording: bool) -> None:
+        self._report(
+            RecordingProgress(
+                num_recorded=len(self._replays),
+                num_sizes=len(self._sizes),
+                is_recording=is_recording,
+            )
+        )
 
     def _forget(self) -> None:
         """The pool has changed: what was recorded reads adapters where they no longer are.

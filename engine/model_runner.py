@@ -236,7 +236,8 @@ def measure_activation_bytes(
         batch = make_batch(items, block_size=block_size, device=device)
         hidden = model(batch, kv_caches, None)
         logits = model.logits(hidden[: max(num_seqs, PROMPT_LOGPROB_ROWS)], None)
-        # The sampler holds a probability, a sorted copy and an index beside each logit.
+        # The sampler holds up to four numbers beside each logit: a probability, a sorted copy and
+        # an index of 8 bytes; or, at once, a logit as scaled, a weight, and two counts of 2 bytes.
         sampling_bytes = 4 * logits.nbytes
         torch.cuda.synchronize(device)
         peak_bytes = torch.cuda.max_memory_allocated(device)

@@ -8,7 +8,8 @@ has chosen, and in between the next step's layers may be launched.
 
 The arithmetic and its order are in kernels/sampling.py. What a batch needs is worked out when its
 list of sequences changes and kept as long as it stays, which while decoding is many steps; a
-parameter that no sequence uses costs nothing.
+parameter that no sequence uses costs nothing. Where an implementation chooses tokens in one
+operation (on a GPU), engine/token_tables.py holds what it needs; else the operators run one by one.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import torch
 from torch import Tensor
 
 from engine.acceptance import as_engine_error
-from engine.api import TokenLogprobs
+from engine.api import GenerateRequest, SamplingParams, TokenLogprobs
 from engine.errors import EngineError, GrammarError, RequestError
 from engine.grammar import GrammarMatcher
 from engine.sequence import Sequence
+from engine.token_tables import BatchTables, TokenCounts, has_penalties, make_batch_tables
 from engine.transfers import HostCopy, copy_to_host, to_device
+from kernels.choice import BROKEN, NO_TOKEN, TokenTables, choose_tokens, is_fused
 from kernels.sampling import (
     GREEDY_BELOW,
     apply_bitmask,
@@ -36,9 +39,6 @@ from kernels.sampling import (
     top_logprobs,
     uniform,
 )
-
-NO_TOKEN, BROKEN = -1, -2
-"""In the place of a token id: nothing is left to choose from; the logits are not finite."""
 
 
 class SamplingError(EngineError):
@@ -73,6 +73,7 @@ class Sampler:
 
     def __init__(self) -> None:
         self._plan: _Plan | None = None
+        self._counts = TokenCounts()
 
     def launch(self, logits: Tensor, sequences: list[Sequence]) -> Pending:
         """Have the device choose the next token of each sequence, without waiting for it.
@@ -87,17 +88,15 @@ class Sampler:
         """
         plan = self._plan
         if plan is None or plan.sequences != sequences or plan.device != logits.device:
-            plan = self._plan = _make_plan(sequences, logits)
+            plan = self._plan = _make_plan(sequences, logits, self._counts)
         errors: dict[int, EngineError] = {}
         if plan.matchers:  # first: on a GPU the model is still running
             _fill_masks(plan, errors)
-        raw = logits[plan.logprob_index] if plan.logprob_rows else None
-        is_broken = ~logits.sum(dim=-1).isfinite()  # one reduction: finite logits have such a sum
-        if plan.changes_logits:
-            _change_logits(plan, logits)
-        token_ids = _choose(plan, logits, is_broken)
-        logprobs = () if raw is None else _logprobs(plan, raw, token_ids)
-        return Pending(plan, token_ids, copy_to_host(token_ids, *logprobs), errors)
+        if plan.tables is not None:
+            found = _choose_at_once(plan.tables.next_step(self._counts, plan.bitmask), logits)
+        else:
+            found = _choose_by_operators(plan, logits)
+        return Pending(plan, found[0], copy_to_host(*found), errors)
 
     def finish(self, pending: Pending) -> list[SampledToken]:
         """Wait for what was launched, and for nothing else.
@@ -132,6 +131,14 @@ class Sampler:
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
         """Both at once."""
         return self.finish(self.launch(logits, sequences))
+
+    @torch.inference_mode()
+    def warm_up(self, vocab_size: int, device: torch.device) -> None:
+        """Choose a token of nothing, so that kernels are compiled before a request waits for it."""
+        params = SamplingParams(max_tokens=1, temperature=1.0, top_k=2, top_p=0.5, logprobs=1)
+        request = GenerateRequest(request_id="warm-up", prompt_token_ids=(0,), params=params)
+        self.sample(torch.zeros(1, vocab_size, device=device), [Sequence(request, arrival=0)])
+        self._plan = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +185,8 @@ class _Plan:
     matchers: dict[int, GrammarMatcher] = field(default_factory=dict)
     """By row; a sequence's rows have the same."""
     bitmask: Tensor | None = None  # int32 [num_grammars, words], on the CPU
+    tables: BatchTables | None = None
+    """Where tokens are chosen in one operation; then nothing else here is on the device."""
     logprob_rows: list[int] = field(default_factory=list)
     logprob_index: Tensor | None = None
     num_logprobs: int = 0
@@ -191,7 +200,7 @@ class _Plan:
         return len(self.sequences[row].output_token_ids) + self.offsets[row]
 
 
-def _make_plan(sequences: list[Sequence], logits: Tensor) -> _Plan:
+def _make_plan(sequences: list[Sequence], logits: Tensor, counts: TokenCounts) -> _Plan:
     plan = _Plan(sequences=list(sequences), device=logits.device)
     params = [sequence.params for sequence in sequences]
     for row, sequence in enumerate(sequences):
@@ -200,7 +209,7 @@ def _make_plan(sequences: list[Sequence], logits: Tensor) -> _Plan:
     plan.has_drafts = any(plan.offsets)
     for row, p in enumerate(params):
         (plan.drawn_rows if p.temperature >= GREEDY_BELOW else plan.greedy_rows).append(row)
-        if p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty:
+        if has_penalties(p):
             plan.penalty_rows.append(row)
         if p.min_tokens > len(sequences[row].output_token_ids):
             plan.min_tokens_rows.append(row)
@@ -210,6 +219,21 @@ def _make_plan(sequences: list[Sequence], logits: Tensor) -> _Plan:
         if p.logprobs is not None:
             plan.logprob_rows.append(row)
             plan.num_logprobs = max(plan.num_logprobs, p.logprobs)
+    if plan.matchers:
+        num_words = (logits.shape[1] + 31) // 32
+        plan.bitmask = torch.empty((len(plan.matchers), num_words), dtype=torch.int32)
+    if is_fused(logits):
+        plan.tables = make_batch_tables(
+            plan.sequences, plan.offsets, counts,
+            mask_rows=list(plan.matchers), vocab_size=logits.shape[1], device=plan.device,
+        )  # fmt: skip
+    else:
+        _add_columns(plan, params)
+    return plan
+
+
+def _add_columns(plan: _Plan, params: list[SamplingParams]) -> None:
+    """What the operators need, on the device."""
 
     def column(values: Iterable[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return to_device(torch.tensor(list(values), dtype=dtype), plan.device)
@@ -219,7 +243,7 @@ def _make_plan(sequences: list[Sequence], logits: Tensor) -> _Plan:
     plan.drawn_index = column(plan.drawn_rows, torch.int64)
     drawn = [params[row] for row in plan.drawn_rows]
     if drawn:
-        plan.seeds = torch.tensor([sequences[row].seed for row in plan.drawn_rows])
+        plan.seeds = torch.tensor([plan.sequences[row].seed for row in plan.drawn_rows])
         plan.temperature = column(p.temperature for p in drawn)
         if any(p.min_p > 0.0 for p in drawn):
             plan.min_p = column(p.min_p for p in drawn)
@@ -236,10 +260,6 @@ def _make_plan(sequences: list[Sequence], logits: Tensor) -> _Plan:
     if biases:
         rows, token_ids, amounts = zip(*biases, strict=True)
         plan.bias = (column(rows, torch.int64), column(token_ids, torch.int64), column(amounts))
-    if plan.matchers:
-        num_words = (logits.shape[1] + 31) // 32
-        plan.bitmask = torch.empty((len(plan.matchers), num_words), dtype=torch.int32)
-    return plan
 
 
 def _fill_masks(plan: _Plan, errors: dict[int, EngineError]) -> None:
@@ -284,6 +304,24 @@ def _follow(plan: _Plan, token_ids: list[int], errors: dict[int, EngineError]) -
             except BaseException as error:  # this request's alone, even a native library's panic
                 errors[row] = as_engine_error(error)
     return is_reached
+
+
+def _choose_at_once(tables: TokenTables, logits: Tensor) -> tuple[Tensor, ...]:
+    """Token ids int64 [num_rows], and behind them what top_logprobs gives, where a row asked."""
+    chosen = choose_tokens(logits, tables)
+    if not tables.num_reported:
+        return (chosen.token_ids,)
+    return chosen.token_ids, chosen.logprobs, chosen.top_logprobs, chosen.top_ids
+
+
+def _choose_by_operators(plan: _Plan, logits: Tensor) -> tuple[Tensor, ...]:
+    """The same, operator by operator; changes the logits."""
+    raw = logits[plan.logprob_index] if plan.logprob_rows else None
+    is_broken = ~logits.sum(dim=-1).isfinite()  # one reduction: finite logits have such a sum
+    if plan.changes_logits:
+        _change_logits(plan, logits)
+    token_ids = _choose(plan, logits, is_broken)
+    return (token_ids,) if raw is None else (token_ids, *_logprobs(plan, raw, token_ids))
 
 
 def _change_logits(plan: _Plan, logits: Tensor) -> None:

@@ -15,7 +15,13 @@ from typing import Literal
 
 import torch
 
-from engine.api import AdapterRef, GenerateRequest, RequestDelta, SamplingParams
+from engine.api import (
+    AdapterRef,
+    GenerateRequest,
+    RecordingProgress,
+    RequestDelta,
+    SamplingParams,
+)
 from engine.config import CacheConfig, EngineConfig, LoraConfig, SchedulerConfig
 from engine.decode_graphs import DecodeGraphs, GraphBackend
 from engine.engine import Engine
@@ -254,6 +260,7 @@ class FakeEngine:
         model: Model | None = None,
         device: torch.device = CPU,
     ) -> None:
+        self.recordings: list[RecordingProgress] = []
         config = EngineConfig(
             cache=CacheConfig(block_size=block_size, enable_prefix_caching=enable_prefix_caching),
             scheduler=SchedulerConfig(
@@ -280,6 +287,7 @@ class FakeEngine:
                 block_size=block_size,
                 max_num_blocks=-(-max_model_len // block_size),
                 device=device,
+                report=self.recordings.append,
             )
         runner = ModelRunner(
             self.model,

@@ -7,9 +7,19 @@ from engine.api import GenerateRequest, SamplingParams
 from engine.errors import GrammarError
 from engine.sampler import Sampler
 from engine.sequence import Sequence
+from tests.engine.choosing import choose_at_once
 
 VOCAB_SIZE = 500
 EOS = 2
+
+
+@pytest.fixture(autouse=True, params=["operators", "tables"])
+def way(request, monkeypatch):
+    """How tokens are chosen: operator by operator, or in one operation as on a GPU."""
+    if request.param == "tables":
+        if request.node.get_closest_marker("gpu"):
+            pytest.skip("the reference waits for the device")
+        choose_at_once(monkeypatch)
 
 
 def make_sequence(index: int = 0, prompt: tuple[int, ...] = (5, 6, 7), **params) -> Sequence:
@@ -310,3 +320,11 @@ def test_a_panic_of_one_grammar_that_goes_on_ends_its_row_only():
     sequences[0].grammar = Panicking([3])
     tokens = Sampler().sample(random_logits(2), sequences)
     assert "assertion failed" in str(tokens[0].error) and tokens[1].error is None
+
+
+def test_warming_up_leaves_nothing_behind():
+    sampler, sequence = Sampler(), make_sequence(temperature=0.0, frequency_penalty=1.0)
+    sampler.warm_up(VOCAB_SIZE, torch.device("cpu"))
+    assert sampler._plan is None
+    logits = random_logits(1)
+    assert sampler.sample(logits.clone(), [sequence])[0].token_id == logits.argmax().item()
