@@ -18,6 +18,7 @@ import engine.decode_inputs
 import engine.sampler
 import engine.transfers
 from engine.batch import Batch
+from kernels.choice import Chosen, TokenTables, choose_tokens_reference
 from tests.engine.fakes import FakeStaticLoraBatch, HistoryModel
 
 DEVICE = torch.device("meta")  # PyTorch's own name for what is not there: nothing can leak from it
@@ -93,8 +94,8 @@ class LateDevice(TorchDispatchMode):
         self._arriving: list[tuple[torch.Tensor, torch.Tensor, int]] = []
         self._leaving: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
-    def patch(self, monkeypatch) -> None:
-        """Put its events in place of CUDA's."""
+    def patch(self, monkeypatch, *, at_once: bool = False) -> None:
+        """Put its events in place of CUDA's; have it choose tokens in one operation, as GPUs do."""
         for module in (engine.transfers, engine.decode_inputs):
             monkeypatch.setattr(module, "record_event", self._record)
 
@@ -104,6 +105,8 @@ class LateDevice(TorchDispatchMode):
 
         kernel = engine.sampler.apply_bitmask
         monkeypatch.setattr(engine.sampler, "apply_bitmask", apply_bitmask)
+        monkeypatch.setattr(engine.sampler, "is_fused", lambda _: at_once)
+        monkeypatch.setattr(engine.sampler, "choose_tokens", _choose_tokens)
 
     def _record(self, device: torch.device) -> Event | None:
         if device.type == "cpu":
@@ -164,6 +167,15 @@ class LateDevice(TorchDispatchMode):
             self._arriving.append((target, source.held.clone(), self._num_recorded))
             target.fill_(POISON)
         return target
+
+
+def _choose_tokens(logits: LateTensor, tables: TokenTables) -> Chosen:
+    """What the reference chooses, as one operation of the device."""
+    fields = {field.name: getattr(tables, field.name) for field in dataclasses.fields(tables)}
+    held = {name: x.held for name, x in fields.items() if isinstance(x, LateTensor)}
+    chosen = choose_tokens_reference(logits.held, dataclasses.replace(tables, **held))
+    names = [field.name for field in dataclasses.fields(chosen)]
+    return Chosen(**{name: LateTensor(getattr(chosen, name)) for name in names})
 
 
 class LateModel:

@@ -14,6 +14,7 @@ import torch
 from engine.api import GrammarSpec, LoadAdapter, UnloadAdapter
 from engine.sequence import BACKGROUND
 from engine.transfers import copy_to_host, to_device
+from tests.engine.choosing import choose_at_once
 from tests.engine.fakes import EOS, VOCAB_SIZE, FakeEngine, adapter, expected_text
 from tests.engine.late_device import DEVICE, LateDevice, LateModel, LateTensor
 from tests.engine.test_decode_graphs import Recorder
@@ -69,10 +70,12 @@ def ahead(**options) -> FakeEngine:
 # The same answers.
 
 
-@pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("kind", ["eager", "recorded", "guessing"])
-def test_a_storm_of_requests_is_answered_to_the_bit_as_without(kind, seed):
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kind", ["eager", "recorded", "guessing", "chosen at once"])
+def test_a_storm_of_requests_is_answered_to_the_bit_as_without(kind, seed, monkeypatch):
     """Chunked prompts, few blocks, stop tokens, cancels, adapters that come and go, grammars."""
+    if kind == "chosen at once":
+        choose_at_once(monkeypatch)
     dice = random.Random(seed)
     options = {
         "num_blocks": dice.choice([14, 24, 100]),
@@ -380,9 +383,9 @@ def test_an_adapter_is_unloaded_when_its_last_step_has_been_launched_and_read():
 class Late:
     """An engine over such a device."""
 
-    def __init__(self, monkeypatch, **options) -> None:
+    def __init__(self, monkeypatch, *, at_once: bool = False, **options) -> None:
         self.device = LateDevice()
-        self.device.patch(monkeypatch)
+        self.device.patch(monkeypatch, at_once=at_once)
         with self.device, torch.inference_mode():
             self.fake = ahead(model=LateModel(self.device), device=DEVICE, **options)
         self.device.is_starting = False
@@ -417,15 +420,18 @@ def add_mix(fake: FakeEngine) -> None:
         add(fake, name, [number, *PROMPT], **{"max_tokens": 18 + number, **options})
 
 
+@pytest.mark.parametrize("at_once", [False, True], ids=["by-operators", "at-once"])
 @pytest.mark.parametrize("is_recorded", [False, True], ids=["eager", "recorded"])
-def test_nothing_is_read_early_and_no_host_memory_is_overwritten(monkeypatch, caplog, is_recorded):
+def test_nothing_is_read_early_and_no_host_memory_is_overwritten(
+    monkeypatch, caplog, is_recorded, at_once
+):
     options = {"max_num_seqs": 10, "num_rows": 3, "graph_sizes": (1, 2, 4, 8, 10)}
     plain = FakeEngine(num_blocks=256, **options)
     plain.model.originality = 0.3
     add_mix(plain)
     plain.run()
     backend = Recorder() if is_recorded else None
-    late = Late(monkeypatch, graph_backend=backend, **options)
+    late = Late(monkeypatch, at_once=at_once, graph_backend=backend, **options)
     add_mix(late.fake)
     late.run()
     assert {name: said(late.fake, name) for name in MIX} == {
