@@ -21,7 +21,15 @@ from torch import Tensor
 from engine.api import SamplingParams
 from engine.sequence import Sequence
 from engine.transfers import to_device
-from kernels.choice import FLOATS, INTS, MAX_COUNT, TokenTables, add_counts, mark_prompt
+from kernels.choice import (
+    FLOATS,
+    INTS,
+    MAX_COUNT,
+    TokenTables,
+    add_counts,
+    choose_tokens,
+    mark_prompt,
+)
 from kernels.sampling import GREEDY_BELOW
 
 ALWAYS = 2**31 - 1
@@ -126,14 +134,24 @@ class BatchTables:
     """[num_rows]: how many drafts a row takes for chosen."""
     penalised: list[Sequence]
     """Those that have penalties, once each."""
+    counts: TokenCounts
 
-    def next_step(self, counts: TokenCounts, bitmask: Tensor | None) -> TokenTables:
-        """The tables of the next step.
+    def choose(self, logits: Tensor, bitmask: Tensor | None) -> tuple[Tensor, ...]:
+        """Token ids, and behind them what top_logprobs gives, where a row asked.
 
         Args:
-            counts:  has rows for this batch.
+            logits:  float32 [num_rows, vocab_size].
             bitmask: int32 [num_masks, words] on the CPU.
+
+        Returns:
+            int64 [num_rows], NO_TOKEN or BROKEN where there is none; and the rest.
         """
+        chosen = choose_tokens(logits, self._next_step(bitmask))
+        if not self.tables.num_reported:
+            return (chosen.token_ids,)
+        return chosen.token_ids, chosen.logprobs, chosen.top_logprobs, chosen.top_ids
+
+    def _next_step(self, bitmask: Tensor | None) -> TokenTables:
         device = self.tables.floats.device
         positions = [
             len(sequence.output_token_ids) + offset
@@ -142,14 +160,14 @@ class BatchTables:
         step = replace(
             self.tables,
             positions=to_device(torch.tensor(positions), device),
-            counts=counts.bring_up_to_date(),
+            counts=self.counts.bring_up_to_date(),
         )
         draft_ids = [token_id for s in self.penalised for token_id in s.draft_token_ids]
         if draft_ids:
             sent = to_device(torch.tensor(draft_ids, dtype=torch.int32), device)
             step = replace(step, draft_ids=sent)
         # The token of a sequence with drafts may be thrown away: the host counts it later.
-        counts.expect([s for s in self.penalised if not s.draft_token_ids])
+        self.counts.expect([s for s in self.penalised if not s.draft_token_ids])
         return step if bitmask is None else replace(step, bitmask=to_device(bitmask, device))
 
 
@@ -225,7 +243,7 @@ def make_batch_tables(
         num_top=min(num_top, vocab_size),
         has_draws=bool(number["temperature"].any()),
     )
-    return BatchTables(tables, sequences, offsets, penalised)
+    return BatchTables(tables, sequences, offsets, penalised, counts)
 
 
 def _additions(sequence: Sequence, vocab_size: int) -> list[tuple[int, float, int]]:
