@@ -7,6 +7,8 @@ from engine.api import GenerateRequest, SamplingParams
 from engine.errors import GrammarError
 from engine.sampler import Sampler
 from engine.sequence import Sequence
+from kernels import dispatch
+from kernels.dispatch import Implementation
 from tests.engine.choosing import choose_at_once
 
 VOCAB_SIZE = 500
@@ -328,3 +330,16 @@ def test_warming_up_leaves_nothing_behind():
     assert sampler._plan is None
     logits = random_logits(1)
     assert sampler.sample(logits.clone(), [sequence])[0].token_id == logits.argmax().item()
+
+
+def test_what_fails_while_warming_up_is_off_and_the_operators_run(monkeypatch, caplog):
+    def fails(*_):
+        raise RuntimeError("out of resources")
+
+    broken = Implementation("triton", fails, lambda *_: True)
+    monkeypatch.setattr(dispatch, "_implementations", {"choose_tokens": [broken]})
+    sampler, logits = Sampler(), random_logits(1)
+    sampler.warm_up(VOCAB_SIZE, torch.device("cpu"))
+    assert "out of resources" in caplog.text
+    token = sampler.sample(logits.clone(), [make_sequence(temperature=0.0)])[0]
+    assert token.token_id == logits.argmax().item()
