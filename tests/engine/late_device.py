@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_map_only
 
 import engine.decode_inputs
 import engine.sampler
+import engine.token_operators
+import engine.token_tables
 import engine.transfers
 from engine.batch import Batch
 from kernels.choice import Chosen, TokenTables, choose_tokens_reference
@@ -103,10 +105,10 @@ class LateDevice(TorchDispatchMode):
             """As on a GPU: what the mask holds now."""
             kernel(logits.held, rows, bitmask.clone())
 
-        kernel = engine.sampler.apply_bitmask
-        monkeypatch.setattr(engine.sampler, "apply_bitmask", apply_bitmask)
+        kernel = engine.token_operators.apply_bitmask
+        monkeypatch.setattr(engine.token_operators, "apply_bitmask", apply_bitmask)
         monkeypatch.setattr(engine.sampler, "is_fused", lambda _: at_once)
-        monkeypatch.setattr(engine.sampler, "choose_tokens", _choose_tokens)
+        monkeypatch.setattr(engine.token_tables, "choose_tokens", _choose_tokens)
 
     def _record(self, device: torch.device) -> Event | None:
         if device.type == "cpu":
