@@ -84,18 +84,18 @@ def join_case(arch: int) -> Case:
 def attention_cases() -> list[Case]:
     """Both kernels on every architecture, and what else changes the code."""
     return [
-        *(attention_case("split", arch) for arch in (80, 86, 89, 90)),
+        *(attention_case("split", arch) for arch in (80, 86, 89, 90, 100, 120)),
         attention_case("split", 75, cache="fp16"),
         attention_case("split", 90, block_size=64),
         attention_case("split", 90, head_dim=64),
         attention_case("split", 90, head_dim=96),
         attention_case("split", 90, group=8, windowed=True),
-        *(attention_case("split", arch, cache="fp8") for arch in (75, 80, 86, 89, 90)),
-        *(attention_case("chunk", arch) for arch in (80, 86, 89, 90)),
+        *(attention_case("split", arch, cache="fp8") for arch in (75, 80, 86, 89, 90, 100, 120)),
+        *(attention_case("chunk", arch) for arch in (80, 86, 89, 90, 100, 120)),
         attention_case("chunk", 75, cache="fp16"),
         attention_case("chunk", 90, block_size=64),
         attention_case("chunk", 90, head_dim=64),
         attention_case("chunk", 90, head_dim=96),
-        *(attention_case("chunk", arch, cache="fp8") for arch in (75, 80, 89, 90)),
+        *(attention_case("chunk", arch, cache="fp8") for arch in (75, 80, 89, 90, 100, 120)),
         join_case(90),
     ]

@@ -40,7 +40,7 @@ def choice_cases() -> list[Case]:
         used = {name: types[name] for name in kernel.arg_names if name not in constants}
         return Case(
             name, kernel, used, constants, weights, num_warps=num_warps, is_loop=False,
-            enable_fp_fusion=False, arches=(75, 80, 90),
+            enable_fp_fusion=False, arches=(75, 80, 90, 120),
         )  # fmt: skip
 
     wide = columns | {"SPLITS": splits}

@@ -98,9 +98,9 @@ def linear_cases() -> list[Case]:
     }  # fmt: skip
     sizes = {"num_rows": "i32", "row_words": "i32", "group_size": "i32", "out_stride": "i32"}
     return [
-        decode_case(8, arches=(80, 86, 89, 90)),
+        decode_case(8, arches=(80, 86, 89, 90, 100, 120)),
         decode_case(16, arches=(80, 90)),
-        decode_case(32, arches=(86, 90)),
+        decode_case(32, arches=(86, 90, 100, 120)),
         decode_case(8, dtype="fp16"),
         decode_case(8, double_quant=False),
         decode_case(8, slices=3),
@@ -113,14 +113,14 @@ def linear_cases() -> list[Case]:
                 "ROWS": portable.ROWS, "WORDS": portable.WORDS,
             },
             portable.ROWS * portable.WORDS * 8 / 32, num_warps=1, unaligned=("out",),
-            arches=(75, 90),
+            arches=(75, 90, 120),
         ),
         Case(
             "dequantise", codec._dequantize_kernel,
             codes | {"out": "*bf16", "numel": "i32"},
             {"GROUP": 64, "DOUBLE_QUANT": True, "IS_WHOLE": True, "BLOCK": codec.BLOCK},
             2 * codec.BLOCK / 128, is_loop=False, enable_fp_fusion=False,
-            arches=(75, 80, 90),
+            arches=(75, 80, 90, 100, 120),
         ),
         Case(
             "quantise", codec._quantize_kernel,
@@ -129,9 +129,11 @@ def linear_cases() -> list[Case]:
                 "code_of_rank": "*i32", "numel": "i32", "smallest": "fp32",
             },
             {"GROUPS": 32, "GROUP": 64}, 2048 / 128, is_loop=False, enable_fp_fusion=False,
-            arches=(75, 90),
+            arches=(75, 90, 120),
         ),
         *lora_cases(16, 16, 90),
         *lora_cases(32, 64, 90),
         *lora_cases(16, 16, 75),
+        *lora_cases(16, 16, 100),
+        *lora_cases(16, 16, 120),
     ]  # fmt: skip

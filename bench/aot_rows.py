@@ -21,7 +21,7 @@ def norm_case() -> Case:
     return Case(
         "add_rms_norm, 8192 wide", rows._norm_kernel, dict.fromkeys(names, "*bf16") | sizes,
         {"HAS_RESIDUAL": True, "BLOCK": HIDDEN}, HIDDEN / (32 * warps), num_warps=warps,
-        is_loop=False, arches=(75, 80, 90),
+        is_loop=False, arches=(75, 80, 90, 120),
     )  # fmt: skip
 
 
@@ -30,7 +30,7 @@ def silu_case() -> Case:
     types = {"out": "*bf16", "gate_up": "*bf16", "size": "i32", "stride": "i32"}
     return Case(
         "SiLU and product", rows._silu_kernel, types, {"BLOCK": rows.SILU_BLOCK},
-        rows.SILU_BLOCK / 128, is_loop=False, arches=(75, 80, 90),
+        rows.SILU_BLOCK / 128, is_loop=False, arches=(75, 80, 90, 120),
     )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def rotary_case(*, is_fp8: bool) -> Case:
             "HALF": HEAD_DIM // 2,
         },
         rotary.HEADS * HEAD_DIM / 32, num_warps=1, is_loop=False, enable_fp_fusion=False,
-        arches=(75, 80, 90),
+        arches=(75, 80, 90, 120),
     )  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def truncate_case() -> Case:
             "HAS_MIN_P": True, "HAS_TOP_K": True, "HAS_TOP_P": True, "MEMBERS": NUM_MEMBERS,
             "COLUMNS": sampling.COLUMNS, "BLOCK": sampling.BLOCK,
         },
-        sampling.BLOCK / (32 * 16), num_warps=16, is_loop=False, arches=(75, 80, 90),
+        sampling.BLOCK / (32 * 16), num_warps=16, is_loop=False, arches=(75, 80, 90, 120),
     )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def mask_case() -> Case:
     return Case(
         "grammar mask", sampling.mask_kernel, types | {"num_words": "i32"},
         {"BLOCK": sampling.MASK_BLOCK}, sampling.MASK_BLOCK / 128, is_loop=False,
-        arches=(75, 90),
+        arches=(75, 90, 120),
     )  # fmt: skip
 
 

@@ -41,6 +41,10 @@ PLANS: dict[Capability, DecodePlan] = {
     (8, 7): DecodePlan(programs_per_sm=1),
     (8, 9): DecodePlan(programs_per_sm=1),
     (9, 0): DecodePlan(),
+    (10, 0): DecodePlan(),
+    (10, 3): DecodePlan(),
+    (12, 0): DecodePlan(programs_per_sm=1),
+    (12, 1): DecodePlan(programs_per_sm=1),
 }
 """By compute capability; what is not here runs the portable kernels."""
 
@@ -73,6 +77,10 @@ ATTENTION_PLANS: dict[Capability, AttentionPlan] = {
     (8, 7): AttentionPlan(),
     (8, 9): AttentionPlan(),
     (9, 0): AttentionPlan(chunk_keys=64),
+    (10, 0): AttentionPlan(chunk_keys=64),
+    (10, 3): AttentionPlan(chunk_keys=64),
+    (12, 0): AttentionPlan(),
+    (12, 1): AttentionPlan(),
 }
 """By compute capability; elsewhere the reference runs."""
 
