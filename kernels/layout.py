@@ -1,10 +1,10 @@
 """The order of a 4-bit weight's codes in memory: the checkpoint's, or one made for reading.
 
 stock        bitsandbytes': row after row, the first of two elements in a byte's high half.
-interleaved  Rows in groups of 8, the last group may have fewer. For each block of 64 columns, 32
-             bytes of each row of the group; byte i has element i of the block in its low half and
-             element i + 32 in its high half. A group is one stream in the order in which 8 rows are
-             multiplied, and a look-up of the low halves gives neighbours.
+interleaved  Rows in groups of 32, the last group may have fewer. A row's codes for 8 columns are a
+             word of 32 bits: column 2 j in bits 4 j .. 4 j + 3, column 2 j + 1 sixteen bits above.
+             For every 8 columns follow the words of the group's rows, so that a vector register
+             has a row in each lane, and a look-up of 16-bit halves gives neighbours.
 Both take the same memory, and either can be made from the other.
 """
 
@@ -18,8 +18,9 @@ from torch import Tensor
 from kernels.dispatch import check, dispatch
 
 Layout = Literal["stock", "interleaved"]
-ROWS = 8
+ROWS = 32
 BLOCK = 64
+"""Columns of which in_features is a multiple: those that share a scale at the least."""
 
 
 def relayout(packed: Tensor, shape: tuple[int, int], layout: Layout) -> Tensor:
@@ -45,7 +46,7 @@ def relayout(packed: Tensor, shape: tuple[int, int], layout: Layout) -> Tensor:
 
 def relayout_reference(packed: Tensor, shape: tuple[int, int], layout: Layout) -> Tensor:
     """relayout in plain PyTorch."""
-    rows, blocks = shape[0], shape[1] // BLOCK
+    rows, words = shape[0], shape[1] // 8
     full = rows // ROWS * ROWS
     groups = [(0, full, ROWS)] if full else []
     groups += [(full, rows, rows - full)] if full < rows else []
@@ -53,12 +54,12 @@ def relayout_reference(packed: Tensor, shape: tuple[int, int], layout: Layout) -
     for first, stop, size in groups:
         span = slice(first * shape[1] // 2, stop * shape[1] // 2)
         if layout == "interleaved":
-            pairs = packed[span].view(-1, size, blocks, BLOCK // 2)
-            codes = torch.stack((pairs >> 4, pairs & 15), dim=-1).flatten(-2)
-            halves = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
-            out[span] = halves.transpose(1, 2).flatten()
+            pairs = packed[span].view(-1, size, words, 4)
+            halves = torch.cat((pairs >> 4, pairs & 15), dim=-1)  # even columns, then odd ones
+            codes = halves[..., 0::2] | halves[..., 1::2] << 4
+            out[span] = codes.transpose(1, 2).flatten()
         else:
-            halves = packed[span].view(-1, blocks, size, BLOCK // 2).transpose(1, 2)
-            codes = torch.cat((halves & 15, halves >> 4), dim=-1)
-            out[span] = (codes[..., 0::2] << 4 | codes[..., 1::2]).flatten()
+            codes = packed[span].view(-1, words, size, 4).transpose(1, 2)
+            halves = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+            out[span] = (halves[..., :4] << 4 | halves[..., 4:]).flatten()
     return out

@@ -78,6 +78,15 @@ def test_nf4_linear_equals_the_reference(native, num_tokens, dtype):
     assert_close(actual, nf4_linear_reference(x, weights, biases))
 
 
+def test_sums_are_closer_to_the_exact_weights_than_rounded_weights_are(native):
+    x, weight = random(4, 2048, dtype=torch.bfloat16), quantize_4bit(random(64, 2048))
+    exact = x.double() @ dequantize_4bit_reference(weight, torch.float32).double().t()
+    rounded = x.double() @ dequantize_4bit_reference(weight, torch.bfloat16).double().t()
+    ours = native.nf4_linear(x, [native.prepare_weight(weight)], [None]).double()
+    of_the_result = (exact - exact.bfloat16().double()).norm()  # bfloat16, too
+    assert (ours - exact).norm() ** 2 < (rounded - exact).norm() ** 2 + of_the_result**2
+
+
 def test_wide_groups_share_a_scale(native):
     weight = quantize_4bit(random(10, 512), group_size=256)
     x = random(2, 512, dtype=torch.bfloat16)
@@ -97,8 +106,8 @@ def test_linear_equals_the_reference(native, num_tokens, dtype):
 @pytest.mark.parametrize("width", [192, 4160])  # the longer one in stretches
 def test_a_token_has_the_same_bits_in_any_company(native, width, dtype):
     x = random(70, width, dtype=dtype)
-    weight = native.prepare_weight(quantize_4bit(random(27, width)))
-    dense = random(27, width, dtype=dtype)
+    weight = native.prepare_weight(quantize_4bit(random(43, width)))
+    dense = random(43, width, dtype=dtype)
     quantized_alone = torch.cat([native.nf4_linear(row[None], [weight], [None]) for row in x])
     dense_alone = torch.cat([native.linear(row[None], dense, None) for row in x])
     for num_tokens in (*range(2, 21), 70):

@@ -37,37 +37,41 @@ bool can_run(const char* name) {
   return true;  // NEON belongs to every 64-bit ARM
 }
 
-// One group of rows between the checkpoint's layout and ours (linear.h).
+constexpr int kRows = 32;  // of a group in our layout (nf4.h)
+
+// The low halves of a word's bytes, side by side in its lower 16 bits, and back.
+uint32_t gather(uint32_t word) {
+  word &= 0x0f0f0f0fu;
+  word = (word | word >> 4) & 0x00ff00ffu;
+  return (word | word >> 8) & 0xffffu;
+}
+uint32_t scatter(uint32_t word) {
+  word = (word | word << 8) & 0x00ff00ffu;
+  return (word | word << 4) & 0x0f0f0f0fu;
+}
+
+// One group of rows between the checkpoint's layout and ours.
 struct Relayout {
-  const uint8_t* from;
-  uint8_t* to;
-  long num_rows, row_bytes;
+  const uint32_t* from;
+  uint32_t* to;
+  long num_rows, row_words;
   bool is_back;
 };
 
 void relayout_task(void* context, long task) {
   const Relayout& call = *(const Relayout*)context;
-  const long first = task * 8, rows = call.num_rows - first < 8 ? call.num_rows - first : 8;
-  const uint8_t* from = call.from + first * call.row_bytes;
-  uint8_t* to = call.to + first * call.row_bytes;
-  for (long b = 0; b < call.row_bytes / 32; b++)
+  const long first = task * kRows;
+  const long rows = call.num_rows - first < kRows ? call.num_rows - first : kRows;
+  const uint32_t* from = call.from + first * call.row_words;
+  uint32_t* to = call.to + first * call.row_words;
+  for (long w = 0; w < call.row_words; w++)
     for (long r = 0; r < rows; r++) {
-      const long stored = r * call.row_bytes + b * 32, ours = (b * rows + r) * 32;
-      if (call.is_back) {
-        const uint8_t* in = from + ours;
-        uint8_t* out = to + stored;
-        for (int i = 0; i < 16; i++) {
-          out[i] = (uint8_t)(in[2 * i] << 4 | (in[2 * i + 1] & 15));
-          out[i + 16] = (uint8_t)((in[2 * i] & 0xf0) | in[2 * i + 1] >> 4);
-        }
-      } else {
-        const uint8_t* in = from + stored;
-        uint8_t* out = to + ours;
-        for (int i = 0; i < 16; i++) {
-          out[2 * i] = (uint8_t)(in[i] >> 4 | (in[i + 16] & 0xf0));
-          out[2 * i + 1] = (uint8_t)((in[i] & 15) | in[i + 16] << 4);
-        }
-      }
+      const long stored = r * call.row_words + w, ours = w * rows + r;
+      // Even columns are the high halves of the checkpoint's bytes, and the lower half of our word.
+      if (call.is_back)
+        to[stored] = scatter(from[ours] & 0xffffu) << 4 | scatter(from[ours] >> 16);
+      else
+        to[ours] = gather(from[stored] >> 4) | gather(from[stored]) << 16;
     }
 }
 
@@ -108,8 +112,8 @@ HERD_EXPORT int herd_num_threads() { return herd::num_threads(); }
 // Codes of a weight [num_rows, 2 * row_bytes]; from and to do not overlap.
 HERD_EXPORT void herd_relayout(const uint8_t* from, uint8_t* to, long num_rows, long row_bytes,
                                int is_back) {
-  herd::Relayout call = {from, to, num_rows, row_bytes, is_back != 0};
-  herd::run(herd::relayout_task, &call, (num_rows + 7) / 8);
+  herd::Relayout call = {(const uint32_t*)from, (uint32_t*)to, num_rows, row_bytes / 4, is_back != 0};
+  herd::run(herd::relayout_task, &call, (num_rows + herd::kRows - 1) / herd::kRows);
 }
 
 HERD_EXPORT void herd_linear(int dtype, const herd::Matrix* slices, int num_slices, const void* x,

@@ -77,7 +77,7 @@ struct Ranking {
 void ranking_task(void* context, long row) {
   const Ranking& call = *(const Ranking*)context;
   const float* probs = call.probs + row * call.size;
-  float* found = (float*)scratch(kSums, 2 * call.size * (long)sizeof(float));
+  float* found = (float*)scratch(kTotals, 2 * call.size * (long)sizeof(float));
   call.floors[row] = nucleus_floor(probs, call.size, call.totals[row], call.top_p[row], found);
 }
 

@@ -52,9 +52,11 @@ static inline void set_four(bf16* out, const float* values) {
 }
 #endif
 
-static inline long least(long a, long b) { return a < b ? a : b; }
-static inline long most(long a, long b) { return a > b ? a : b; }
-static inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
+static constexpr long least(long a, long b) { return a < b ? a : b; }
+static constexpr long most(long a, long b) { return a > b ? a : b; }
+constexpr long ceil_div(long a, long b) { return (a + b - 1) / b; }
+
+constexpr int kBlock = 64;  // columns that share a scale; every width is a multiple of it
 
 // ---------------------------------------------------------------------------------------------
 #if defined(__AVX512F__)
@@ -105,13 +107,25 @@ static inline Vec nearest_whole(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 
+struct Words {
+  __m512i v;
+};
+static inline Words load_words(const void* p) { return {_mm512_loadu_si512(p)}; }
+// Codes of the columns start .. start + N of a row, one in the lowest 4 bits of each word.
+static inline Words codes_of_row(const uint32_t* row, int start) {
+  const __m512i shifts = _mm512_setr_epi32(0, 16, 4, 20, 8, 24, 12, 28, 0, 16, 4, 20, 8, 24, 12, 28);
+  const __m512i which = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  const __m128i two = _mm_loadl_epi64((const __m128i*)(row + start / 8));
+  const __m512i words = _mm512_permutexvar_epi32(which, _mm512_castsi128_si512(two));
+  return {_mm512_srlv_epi32(words, shifts)};
+}
+
 struct Table {
   Vec part[1];
 };
-// Bytes p[0..N): the table's values for their low (shift 0) or high (shift 4) halves.
-static inline Vec look_up(const Table& table, const uint8_t* p, int shift) {
-  __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
-  if (shift) index = _mm512_srli_epi32(index, 4);
+// The table's values for 4 bits of each word, from bit `shift` on.
+static inline Vec look_up(const Table& table, Words codes, int shift) {
+  const __m512i index = shift ? _mm512_srli_epi32(codes.v, shift) : codes.v;
   return {_mm512_permutexvar_ps(index, table.part[0].v)};  // reads 4 bits of each index
 }
 
@@ -169,15 +183,23 @@ static inline Vec nearest_whole(Vec a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 
+struct Words {
+  __m256i v;
+};
+static inline Words load_words(const void* p) { return {_mm256_loadu_si256((const __m256i*)p)}; }
+static inline Words codes_of_row(const uint32_t* row, int start) {
+  const __m256i shifts = _mm256_setr_epi32(0, 16, 4, 20, 8, 24, 12, 28);
+  return {_mm256_srlv_epi32(_mm256_set1_epi32((int)row[start / 8]), shifts)};
+}
+
 struct Table {
   Vec part[2];
 };
-static inline Vec look_up(const Table& table, const uint8_t* p, int shift) {
-  __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
-  if (shift) index = _mm256_srli_epi32(index, 4);
+static inline Vec look_up(const Table& table, Words codes, int shift) {
+  const __m256i index = shift ? _mm256_srli_epi32(codes.v, shift) : codes.v;
   const __m256 low = _mm256_permutevar8x32_ps(table.part[0].v, index);  // reads 3 bits
   const __m256 high = _mm256_permutevar8x32_ps(table.part[1].v, index);
-  const __m256 bit_3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+  const __m256 bit_3 = _mm256_castsi256_ps(_mm256_slli_epi32(codes.v, 28 - shift));
   return {_mm256_blendv_ps(low, high, bit_3)};
 }
 
@@ -229,15 +251,21 @@ static inline Vec scale_by_power(Vec a, Vec n) {
 }
 static inline Vec nearest_whole(Vec a) { return {vrndnq_f32(a.v)}; }
 
+struct Words {
+  uint32x4_t v;
+};
+static inline Words load_words(const void* p) { return {vld1q_u32((const uint32_t*)p)}; }
+static inline Words codes_of_row(const uint32_t* row, int start) {
+  const int32_t shifts[4] = {0, -16, -4, -20};  // to the right
+  return {vshlq_u32(vdupq_n_u32(row[start / 8] >> (start % 8 ? 8 : 0)), vld1q_s32(shifts))};
+}
+
 struct Table {
   Vec part[4];
 };
-static inline Vec look_up(const Table& table, const uint8_t* p, int shift) {
-  uint32_t four;
-  memcpy(&four, p, 4);
-  const uint8x8_t bytes = vreinterpret_u8_u32(vdup_n_u32(four));
-  uint32x4_t index = vmovl_u16(vget_low_u16(vmovl_u8(bytes)));
-  index = shift ? vshrq_n_u32(index, 4) : vandq_u32(index, vdupq_n_u32(15));
+static inline Vec look_up(const Table& table, Words codes, int shift) {
+  const uint32x4_t shifted = vshlq_u32(codes.v, vdupq_n_s32(-shift));
+  uint32x4_t index = vandq_u32(shifted, vdupq_n_u32(15));
   // Each value is four bytes of the table: byte 4 i + k for k of 0..3.
   index = vmlaq_u32(vdupq_n_u32(0x03020100u), index, vdupq_n_u32(0x04040404u));
   uint8x16x4_t values;
@@ -302,11 +330,25 @@ static inline float power_of_two(float n) {
 static inline Vec scale_by_power(Vec a, Vec n) { HERD_EACH(a.v[i] * power_of_two(n.v[i])) }
 static inline Vec nearest_whole(Vec a) { HERD_EACH((float)(int)(a.v[i] + (a.v[i] < 0 ? -0.5f : 0.5f))) }
 
+struct Words {
+  uint32_t v[Vec::N];
+};
+static inline Words load_words(const void* p) {
+  Words out;
+  memcpy(&out, p, sizeof out);
+  return out;
+}
+static inline Words codes_of_row(const uint32_t* row, int start) {
+  Words out;
+  for (int i = 0; i < Vec::N; i++) out.v[i] = row[start / 8] >> (i % 2 * 16 + i / 2 * 4);
+  return out;
+}
+
 struct Table {
   Vec part[2];
 };
-static inline Vec look_up(const Table& table, const uint8_t* p, int shift) {
-  HERD_EACH(table.part[((p[i] >> shift) & 15) >> 3].v[(p[i] >> shift) & 7])
+static inline Vec look_up(const Table& table, Words codes, int shift) {
+  HERD_EACH(table.part[(codes.v[i] >> shift & 15) >> 3].v[codes.v[i] >> shift & 7])
 }
 #undef HERD_EACH
 #endif
@@ -326,6 +368,48 @@ static inline void sums(Vec a, Vec b, Vec c, Vec d, float* out) {
   const __m128 ac = _mm_permute_ps(_mm256_castps256_ps128(all), 0x08);
   const __m128 bd = _mm_permute_ps(_mm256_extractf128_ps(all, 1), 0x08);
   _mm_storeu_ps(out, _mm_unpacklo_ps(ac, bd));
+}
+#endif
+
+// Rows of 16 words become columns; strides are in words.
+#if defined(__AVX512F__)
+static inline void transpose_words(const uint32_t* in, long in_stride, uint32_t* out,
+                                   long out_stride) {
+  __m512i rows[16], pairs[16], fours[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) rows[i] = _mm512_loadu_si512(in + i * in_stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+    fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+    fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+    fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+  }
+  // fours[4 q + c]: in its quarter L, rows 4 q .. 4 q + 3 of column 4 L + c.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; c++) {
+    const __m512i even_low = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0x88);
+    const __m512i odd_low = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0xdd);
+    const __m512i even_high = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0x88);
+    const __m512i odd_high = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0xdd);
+    _mm512_storeu_si512(out + c * out_stride, _mm512_shuffle_i32x4(even_low, even_high, 0x88));
+    _mm512_storeu_si512(out + (4 + c) * out_stride, _mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
+    _mm512_storeu_si512(out + (8 + c) * out_stride,
+                        _mm512_shuffle_i32x4(even_low, even_high, 0xdd));
+    _mm512_storeu_si512(out + (12 + c) * out_stride,
+                        _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
+  }
+}
+#else
+static inline void transpose_words(const uint32_t* in, long in_stride, uint32_t* out,
+                                   long out_stride) {
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) out[i * out_stride + j] = in[j * in_stride + i];
 }
 #endif
 
