@@ -19,5 +19,6 @@ void run(Task task, void* context, long num_tasks);
 // aligned to 64. Slots: see who uses them.
 enum Slot { kActivations, kPacked, kCodes, kScales, kTotals, kAttention, kTasks, kLora, kStep, kNumScratches };
 void* scratch(int slot, long num_bytes);
+void free_scratch();  // of the calling thread, all slots
 
 }  // namespace herd
