@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import functools
+import gc
 import importlib.metadata
 import logging
 import os
@@ -58,7 +59,10 @@ def main(argv: list[str] | None = None) -> int:
 
             return train_command(words[1:])
         engine_config, server_config = parse_serve_flags(words)
-        return asyncio.run(serve(engine_config, server_config))
+        from uvicorn.loops.auto import auto_loop_factory
+
+        with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:  # uvloop, where it is
+            return runner.run(serve(engine_config, server_config))
     except (EngineError, ValueError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
@@ -152,6 +156,8 @@ async def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
         await asyncio.wait((serving, loading), return_when=asyncio.FIRST_COMPLETED)
         if loading.done():
             announce(loading.result(), state, url, time.monotonic() - started_s)
+            # What is there now stays. Looking through it for garbage would hold up every stream.
+            gc.freeze()
         await serving
     finally:
         loading.cancel()

@@ -2,8 +2,8 @@
 
 Run      python -m bench.cpu_http    (bench/cpu.py does); prints JSON
 Method   start-up is from the command to /health saying ready. Speed is that of a streamed chat
-         answer, from sending the question to the last token; with several requests at once all
-         their tokens count. Memory is that of both processes together, shared pages counted once.
+         answer, from sending the question to its end; with several requests at once all their
+         tokens count. Memory is that of both processes together, shared pages counted once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,41 @@ def processor_s(pids: list[int]) -> float:
     return total / TICKS_PER_S
 
 
-def answer(url: str, model: str, max_tokens: int) -> tuple[int, float, float]:
-    """One streamed answer: (tokens, when the question was sent, when the last token came)."""
+def connect(port: int) -> HTTPConnection:
+    """A connection to a server on this machine, open."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=600)
+    connection.connect()
+    return connection
+
+
+def ask(connection: HTTPConnection, path: str, body: bytes) -> bytes:
+    """One question over an open connection: the answer's bytes.
+
+    The client shares the processors with the server, so it is as small as can be: whoever measures
+    connects and writes the questions before the clock starts, and looks into the answers after.
+    """
+    connection.request("POST", path, body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    answer = response.read()
+    if response.status != 200:
+        raise SystemExit(f"{path}: {response.status} {answer[:500]!r}")
+    return answer
+
+
+def ask_together(port: int, path: str, bodies: list[bytes]) -> tuple[float, list[bytes]]:
+    """So many questions at once: (seconds from the first one to the last answer, the answers)."""
+    connections = [connect(port) for _ in bodies]
+    with ThreadPoolExecutor(len(bodies)) as threads:
+        started = time.perf_counter()
+        answers = list(threads.map(ask, connections, [path] * len(bodies), bodies))
+        seconds = time.perf_counter() - started
+    for connection in connections:
+        connection.close()
+    return seconds, answers
+
+
+def question(model: str, max_tokens: int) -> bytes:
+    """The body of a chat request whose answer is streamed."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": "Tell me everything you know about llamas."}],
@@ -55,33 +89,28 @@ def answer(url: str, model: str, max_tokens: int) -> tuple[int, float, float]:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    sent = last = time.perf_counter()
-    num_tokens = 0
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=120) as response:
-        response.raise_for_status()
-        for line in response.iter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk = json.loads(line.removeprefix("data: "))
-            num_tokens = (chunk.get("usage") or {}).get("completion_tokens", num_tokens)
-            if chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
-                last = time.perf_counter()
-    return num_tokens, sent, last
+    return json.dumps(body).encode()
 
 
-def measure(url: str, pids: list[int], model: str, batch: int, max_tokens: int) -> dict[str, Any]:
+def num_tokens(stream: bytes) -> int:
+    """Of a streamed answer, as its last chunk says."""
+    *_, last, done = stream.decode().strip().split("\n\n")
+    assert done == "data: [DONE]", done
+    return int(json.loads(last.removeprefix("data: "))["usage"]["completion_tokens"])
+
+
+def measure(port: int, pids: list[int], model: str, batch: int, max_tokens: int) -> dict[str, Any]:
     """Tokens per second of so many equal requests at once."""
     busy, own, started = busy_s(), processor_s(pids) + time.process_time(), time.perf_counter()
-    with ThreadPoolExecutor(batch) as threads:
-        done = list(threads.map(lambda _: answer(url, model, max_tokens), range(batch)))
+    bodies = [question(model, max_tokens)] * batch
+    seconds, answers = ask_together(port, "/v1/chat/completions", bodies)
     wall = time.perf_counter() - started
     used = processor_s(pids) + time.process_time() - own
-    seconds = max(last for _, _, last in done) - min(sent for _, sent, _ in done)
     return {
         "kind": "http",
         "size": batch,
         "adapters": int(model != "demo"),
-        "tokens_per_s": round(sum(tokens for tokens, _, _ in done) / seconds, 1),
+        "tokens_per_s": round(sum(map(num_tokens, answers)) / seconds, 1),
         "others_cpus": round(max(0.0, (busy_s() - busy - used) / wall), 2),
     }
 
@@ -123,10 +152,10 @@ def main() -> None:
         ]
         models = [row["id"] for row in httpx.get(f"{url}/v1/models").json()["data"]]
         model = "guanaco" if "guanaco" in models else models[0]
-        answer(url, model, 16)
+        measure(port, pids, model, 1, 16)  # warms up
         for batch in options.batches:
             found = [
-                measure(url, pids, model, batch, options.tokens) for _ in range(options.repeats)
+                measure(port, pids, model, batch, options.tokens) for _ in range(options.repeats)
             ]
             rows.append(max(found, key=lambda row: row["tokens_per_s"]))
         memory = [memory_row(pid) for pid in pids]

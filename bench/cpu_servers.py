@@ -8,8 +8,9 @@ Peers    llama-server as llama.cpp's sources build it (cmake --build ... --targe
 Method   so many requests at once, each 64 greedy tokens after 32 random ones of its own, prompts as
          token ids; all their tokens over the time from the first question to the last answer. The
          servers are started in turn, --rounds times each; the best of all repeats counts. Every row
-         says how many processors others used meanwhile. Herd also runs with eight requests on one
-         adapter and on eight, which llama-server cannot batch.
+         says how many processors the client took, which is one and the same for all servers, and
+         how many others did. Herd also runs with eight requests on one adapter and on eight, which
+         llama-server cannot batch.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from bench.cpu_http import ROOT, children, processor_s
+from bench.cpu_http import ROOT, ask_together, children, processor_s
 from bench.cpu_load import busy_s, wait_until_quiet
 from bench.cpu_models import NUM_ADAPTERS, VOCAB_SIZE, make_adapter, make_model, make_tokenizer
 from bench.overhead import cpu_name, git_commit, slug
@@ -40,29 +41,41 @@ MAX_PARALLEL = 16
 START_TIMEOUT_S = 120
 PATIENCE_S = 300
 REPEATS = 3
-Ask = Callable[[str, list[int], str], None]
 Row = dict[str, Any]
 
 
-def ask_herd(url: str, prompt: list[int], model: str) -> None:
-    """One completion of NUM_TOKENS tokens."""
-    body = {"model": model, "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0}
-    answer = httpx.post(f"{url}/v1/completions", json={**body, "ignore_eos": True}, timeout=600)
-    answer.raise_for_status()
-    assert answer.json()["usage"]["completion_tokens"] == NUM_TOKENS
+@dataclass(frozen=True, slots=True)
+class Api:
+    """How a server is asked for NUM_TOKENS greedy tokens."""
+
+    path: str
+    body: Callable[[str, list[int]], dict[str, Any]]
+    """(model, prompt) -> what is sent."""
+    num_tokens: Callable[[dict[str, Any]], int]
+    """Of an answer: how many tokens it has."""
 
 
-def ask_llama(url: str, prompt: list[int], _model: str) -> None:
-    """The same of llama-server."""
-    body = {"prompt": prompt, "n_predict": NUM_TOKENS, "temperature": 0, "ignore_eos": True}
-    answer = httpx.post(f"{url}/completion", json={**body, "cache_prompt": False}, timeout=600)
-    answer.raise_for_status()
-    assert answer.json()["tokens_predicted"] == NUM_TOKENS
+HERD = Api(
+    path="/v1/completions",
+    body=lambda model, prompt: {
+        "model": model, "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0,
+        "ignore_eos": True,
+    },
+    num_tokens=lambda answer: answer["usage"]["completion_tokens"],
+)  # fmt: skip
+LLAMA = Api(
+    path="/completion",
+    body=lambda _model, prompt: {
+        "prompt": prompt, "n_predict": NUM_TOKENS, "temperature": 0, "ignore_eos": True,
+        "cache_prompt": False,
+    },
+    num_tokens=lambda answer: answer["tokens_predicted"],
+)  # fmt: skip
 
 
 @contextmanager
-def running(command: list[str]) -> Iterator[tuple[str, list[int]]]:
-    """Start a server; (its address, its processes)."""
+def running(command: list[str]) -> Iterator[tuple[int, list[int]]]:
+    """Start a server; (its port on this machine, its processes)."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -84,27 +97,35 @@ def running(command: list[str]) -> Iterator[tuple[str, list[int]]]:
             except httpx.TransportError:
                 pass  # not listening yet
             time.sleep(0.1)
-        yield url, children(server.pid)
+        yield port, children(server.pid)
     finally:
         server.terminate()
         server.wait(30)
 
 
-def measure(ask: Ask, url: str, pids: list[int], models: list[str]) -> Row:
+def measure(api: Api, port: int, pids: list[int], models: list[str]) -> Row:
     """One request per entry of models at once; the best of REPEATS."""
     rows: list[Row] = []
     for seed in range(REPEATS + 1):  # the first warms up
         chosen = random.Random(seed * 1000 + len(models))
         prompts = [[chosen.randrange(300, VOCAB_SIZE) for _ in range(PROMPT_LEN)] for _ in models]
-        busy, own = busy_s(), processor_s(pids) + time.process_time()
+        bodies = [
+            json.dumps(api.body(*pair)).encode() for pair in zip(models, prompts, strict=True)
+        ]
+        busy, own, client = busy_s(), processor_s(pids), time.process_time()
         started = time.perf_counter()
-        with ThreadPoolExecutor(len(models)) as threads:
-            list(threads.map(ask, [url] * len(models), prompts, models))
-        seconds = time.perf_counter() - started
-        used = processor_s(pids) + time.process_time() - own
-        others = max(0.0, (busy_s() - busy - used) / seconds)
-        speed = len(models) * NUM_TOKENS / seconds
-        rows.append({"tokens_per_s": round(speed, 1), "others_cpus": round(others, 2)})
+        seconds, answers = ask_together(port, api.path, bodies)
+        wall = time.perf_counter() - started
+        own, client = processor_s(pids) - own, time.process_time() - client
+        others = max(0.0, (busy_s() - busy - own - client) / wall)
+        assert all(api.num_tokens(json.loads(answer)) == NUM_TOKENS for answer in answers)
+        rows.append(
+            {
+                "tokens_per_s": round(len(models) * NUM_TOKENS / seconds, 1),
+                "client_cpus": round(client / wall, 3),
+                "others_cpus": round(others, 2),
+            }
+        )
     return max(rows[1:], key=lambda row: row["tokens_per_s"])
 
 
@@ -115,13 +136,13 @@ def measure_herd(folder: Path, threads: int, requests: list[int]) -> Iterator[Ro
     command += ["--max-num-seqs", str(MAX_PARALLEL), "--served-model-name", "base"]
     for seed in range(NUM_ADAPTERS):
         command += ["--adapter", f"a{seed}={make_adapter(folder, seed)}"]
-    with running(command) as (url, pids):
+    with running(command) as (port, pids):
         for count in requests:
-            row = measure(ask_herd, url, pids, ["base"] * count)
+            row = measure(HERD, port, pids, ["base"] * count)
             yield {"requests": count, "adapters": 0, **row}
         for adapters in (1, NUM_ADAPTERS):
             models = [f"a{i % adapters}" for i in range(8)]
-            yield {"requests": 8, "adapters": adapters} | measure(ask_herd, url, pids, models)
+            yield {"requests": 8, "adapters": adapters} | measure(HERD, port, pids, models)
 
 
 def measure_llama(binary: Path, model: Path, threads: int, requests: list[int]) -> Iterator[Row]:
@@ -129,9 +150,9 @@ def measure_llama(binary: Path, model: Path, threads: int, requests: list[int]) 
     command = [str(binary), "--model", str(model), "--threads", str(threads)]
     command += ["--threads-batch", str(threads), "--parallel", str(MAX_PARALLEL)]
     command += ["--ctx-size", str(MAX_PARALLEL * 256)]
-    with running(command) as (url, pids):
+    with running(command) as (port, pids):
         for count in requests:
-            yield {"requests": count, "adapters": 0} | measure(ask_llama, url, pids, [""] * count)
+            yield {"requests": count, "adapters": 0} | measure(LLAMA, port, pids, [""] * count)
 
 
 def ratios(rows: list[Row]) -> list[Row]:

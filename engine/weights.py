@@ -37,6 +37,7 @@ from engine.quantized_cache import CacheWriter, cached_folder, default_cache_dir
 from engine.quantized_folder import QuantSettings
 from engine.tensor_plan import EMBEDDING, TensorPlan, plan_tensors
 from kernels.nf4 import QuantizedWeight, dequantize_4bit
+from kernels.nf4_linear import has_int8_activations, takes_int8_activations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +66,8 @@ def load_model(
     """Load a Hugging Face model folder.
 
     Args:
-        config: dtype, quantization, lm_head_dtype and quantized_cache_dir are used here.
+        config: dtype, quantization, cpu_activations, lm_head_dtype and quantized_cache_dir are
+            used here.
         folder: with config.json and safetensors files.
         device: where the model is to run.
         progress: called as (stage, bytes done, bytes in total).
@@ -91,6 +93,8 @@ def load_model(
         quantization = _choose_quantization(config.quantization, plan, folder)
         stored_dtype = declared_dtype(raw_config) or checkpoint_dtype(checkpoint, plan)
         dtype = _choose_dtype(config.dtype, stored_dtype, device, notes)
+        if config.cpu_activations == "int8":
+            _check_int8_activations(quantization, device)
         settings = None
         if quantization != "none" and not plan.quantized:
             settings = QuantSettings(quant_type=quantization)  # type: ignore[arg-type]
@@ -123,12 +127,16 @@ def load_model(
         model = CausalLM(dataclasses.replace(plan.spec, dtype=dtype), device=device, dtype=dtype)
         fingerprint = Fingerprint()
         stage = "Loading weights" if settings is None else f"Quantising to {quantization.upper()}"
+        takes_int8: list[bool] = []
         for name, value in read_tensors(checkpoint, plan, settings, stage=stage, progress=progress):
             fingerprint.add(name, value)
             if writer is not None:
                 writer.add(name, value)
             if isinstance(value, QuantizedWeight) and quantization == "none":
                 value = dequantize_4bit(value, dtype)
+            elif isinstance(value, QuantizedWeight) and config.cpu_activations == "int8":
+                takes_int8.append(takes_int8_activations(value))
+                value = dataclasses.replace(value, int8_activations=takes_int8[-1])
             if name == EMBEDDING and table is not None:
                 model.embed_tokens = checkpoint.table(table, dtype)
             else:
@@ -137,6 +145,8 @@ def load_model(
         model.finish(head_dtype)
         if head_dtype != "auto":
             notes.append(f"The output head is held in {head_dtype} (--lm-head-dtype).")
+        if takes_int8:
+            notes.append(_int8_activations_note(takes_int8))
         if writer is not None:
             writer.finish()
     return_freed_memory()
@@ -198,6 +208,33 @@ def _table_to_leave(
     is_head = plan.spec.tie_word_embeddings and head_dtype == "auto"
     stays = device.type == "cpu" and not is_head and can_stay(checkpoint.tensors[source])
     return source if stays else None
+
+
+def _check_int8_activations(quantization: str, device: torch.device) -> None:
+    """Raises CheckpointError where --cpu-activations int8 would have no effect."""
+    problem = None
+    if device.type != "cpu":
+        problem = "the model runs on a GPU, whose kernels multiply 16-bit activations"
+    elif quantization == "none":
+        problem = "only 4-bit weights are multiplied so, and --quantization none has none"
+    elif not has_int8_activations():
+        problem = (
+            "this processor has no AVX-512 VNNI and BF16, or the native kernels are off (the log "
+            "says why)"
+        )
+    if problem is not None:
+        raise CheckpointError(f"--cpu-activations int8: {problem}. Leave the flag out.")
+
+
+def _int8_activations_note(takes: list[bool]) -> str:
+    """What --cpu-activations int8 comes to; raises CheckpointError where it is nothing."""
+    if not any(takes):
+        raise CheckpointError(
+            "--cpu-activations int8: no weight of this model has rows of whole groups of 64. Leave "
+            "the flag out."
+        )
+    which = "all" if all(takes) else f"{sum(takes)} of {len(takes)}"
+    return f"Activations are rounded to 8 bits for {which} 4-bit weights (--cpu-activations int8)."
 
 
 def _check_memory(

@@ -7,6 +7,7 @@ ignores it.
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -95,6 +96,7 @@ def _run(
         engine, info = create_engine(config, folder, source, _progress_sender(conn))
         training = create_runner(config, engine, info, source, write_adapter)
         conn.send(info)
+        gc.freeze()  # what is there now stays; looking through it for garbage would hold up a step
         serve(conn, engine, training)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return 0  # the parent has gone or has closed the pipe: nobody is left to tell

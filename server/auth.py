@@ -3,6 +3,8 @@
 Every route of the app asks for a key where keys are set, save /health. Routes that change the
 server ask for the admin key. Without any key Herd trusts this machine, so a web page must not be
 able to speak through the user's browser: foreign origins and rebound host names are refused.
+
+What the routes depend on is async though nothing is awaited: FastAPI runs all else in a thread.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from server.state import state_of
 OPEN_ROUTES = ("/health",)
 
 
-def require_key(request: Request) -> None:
+async def require_key(request: Request) -> None:
     """Any API key, or the admin's.
 
     Raises:
@@ -37,7 +39,7 @@ def require_key(request: Request) -> None:
     _check(request, (*config.api_key, *admin))
 
 
-def require_admin(request: Request) -> None:
+async def require_admin(request: Request) -> None:
     """The admin key; without one an API key; without any a connection from this machine.
 
     Raises:

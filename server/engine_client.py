@@ -1,8 +1,7 @@
 """The worker's other end: starts the engine worker, talks to it, and starts another when it dies.
 
-Per worker two threads: one reads its messages and hands them to the event loop, one writes
-commands, so that neither a slow client nor a worker in the middle of a long step ever blocks the
-loop. Per request one unbounded queue.
+The event loop reads the worker's messages, a thread writes commands, so that a worker in the middle
+of a long step never blocks the loop. Per request one unbounded queue: nor does a slow client.
 
 When the worker dies every waiting request ends with one final delta, code "engine_restarting", and
 a new worker is started. MAX_DEATHS workers in a row that served for less than QUICK_DEATH_S, or
@@ -15,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -145,7 +144,7 @@ class EngineClient:
         await self._close_worker(0.0 if is_loading else SHUTDOWN_S)
         self._end_all(None)
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[RequestDelta]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[RequestDelta, None]:
         """What the request produces, with exactly one final delta; closing it early cancels."""
         if self.state != "ready":
             yield _error_delta(request.request_id, self._unavailable())

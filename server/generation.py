@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -26,7 +26,7 @@ from server.tokenizer import Tokenizer
 class Generates(Protocol):
     """The part of EngineClient that runs requests."""
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[RequestDelta]: ...
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[RequestDelta, None]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ class Piece:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
-async def run(
+def run(
     engine: Generates, tokenizer: Tokenizer, job: Job, metrics: Metrics
 ) -> AsyncGenerator[Piece, None]:
     """Pieces of all sequences as they come; each sequence ends with one that has a finish_reason.
@@ -87,14 +87,7 @@ async def run(
     sequences = [
         _sequence(engine, tokenizer, job, index, metrics) for index in range(job.num_sequences)
     ]
-    if len(sequences) == 1:
-        async with aclosing(sequences[0]) as pieces:
-            async for piece in pieces:
-                yield piece
-        return
-    async with aclosing(_merge(sequences)) as pieces:
-        async for piece in pieces:
-            yield piece
+    return sequences[0] if len(sequences) == 1 else _merge(sequences)
 
 
 async def _sequence(
@@ -122,7 +115,7 @@ async def _sequence(
     timer = RequestTimer(metrics, job.adapter.name if job.adapter else "", len(prompt))
     unplaced: deque[TokenLogprobs] = deque()
     try:
-        async with aclosing(closable(engine.generate(request))) as deltas:
+        async with aclosing(engine.generate(request)) as deltas:
             async for delta in deltas:
                 timer.tokens(len(delta.token_ids), delta.queued_s)
                 if delta.finish_reason == "error":
@@ -187,17 +180,6 @@ def _read(
     if unplaced or delta.logprobs is not None:
         piece.tokens = [TokenInfo(unplaced.popleft(), span.start) for span in spans]
     return piece
-
-
-async def closable(deltas: AsyncIterator[RequestDelta]) -> AsyncGenerator[RequestDelta, None]:
-    """An iterator with aclose(), whatever `generate` returned."""
-    try:
-        async for delta in deltas:
-            yield delta
-    finally:
-        close = getattr(deltas, "aclose", None)
-        if close is not None:
-            await close()
 
 
 async def _merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:

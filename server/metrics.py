@@ -91,6 +91,9 @@ class RequestTimer:
         self._first: float | None = None
         self._last = self._arrival
         self._is_booked = False
+        # Looked up once: these two are booked with every token.
+        self._generated = metrics.generation_tokens.labels(*self._labels)
+        self._between = metrics.itl.labels(*self._labels)
         metrics.prompt_tokens.labels(*self._labels).inc(num_prompt_tokens)
         metrics.prompt_length.labels(*self._labels).observe(num_prompt_tokens)
 
@@ -107,10 +110,10 @@ class RequestTimer:
             self._metrics.prefill.labels(*self._labels).observe(max(waited - queued_s, 0.0))
         else:
             for _ in range(count):
-                self._metrics.itl.labels(*self._labels).observe((now - self._last) / count)
+                self._between.observe((now - self._last) / count)
         self._last = now
         self._num_tokens += count
-        self._metrics.generation_tokens.labels(*self._labels).inc(count)
+        self._generated.inc(count)
 
     def end(self, reason: str) -> None:
         """The first call counts: stop, length, cancelled or error."""

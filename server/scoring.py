@@ -19,7 +19,6 @@ from server.datasets.problems import BadRecord
 from server.datasets.served_model import ServedModel, served_model, template_input
 from server.datasets.turns import plain_turn, scored_conversation
 from server.errors import ApiError, bad_request, from_engine
-from server.generation import closable
 from server.message_schemas import Message
 from server.prompts import chat_tokens, template_for, template_messages
 from server.sampling import check_text
@@ -159,7 +158,7 @@ async def score_prompts(
 
 
 async def _score(state: ServerState, request: GenerateRequest) -> float:
-    async with aclosing(closable(state.engine.generate(request))) as deltas:
+    async with aclosing(state.engine.generate(request)) as deltas:
         async for delta in deltas:
             if delta.error is not None:
                 raise from_engine(delta.error)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.background import BackgroundTask
@@ -25,11 +26,12 @@ class ClientGone(Exception):
     """The client closed its connection; nobody reads the answer."""
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
 def event(body: object) -> str:
     """One event. JSON has no raw line breaks, so one data line holds it."""
-    return (
-        f"data: {json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(',', ':'))}\n\n"
-    )
+    return f"data: {_encode(body)}\n\n"
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -72,14 +74,12 @@ async def open_stream(
     """
     feed = _Feed(events)
     try:
-        await until_gone(request, feed.wait(ping_interval_s))
-        if feed.next.done():
-            feed.next.result()  # raises what went wrong before the first event
+        first = await until_gone(request, feed.take(ping_interval_s))
     except BaseException:
         await feed.close()
         raise
     return StreamingResponse(
-        _stream(feed, ping_interval_s),
+        _stream(first, feed, ping_interval_s),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})},
         # A client that leaves before the answer begins: then _stream is never entered.
@@ -88,18 +88,47 @@ async def open_stream(
 
 
 class _Feed:
-    """A generator of events, its next one always being made; closed once, whoever asks first."""
+    """A generator of events, read in a task of its own; what it has made waits here as text."""
 
     def __init__(self, events: AsyncGenerator[dict[str, Any], None]) -> None:
-        self._events = events
+        self._texts: list[str] = []
+        self._has_news = asyncio.Event()
+        self._error: Exception | None = None
+        self._is_over = False
         self._closing: asyncio.Task[None] | None = None
-        self.next: asyncio.Future[dict[str, Any]] = asyncio.ensure_future(anext(events))
+        self._reading = asyncio.create_task(self._read(events))
 
-    def advance(self) -> None:
-        self.next = asyncio.ensure_future(anext(self._events))
+    async def take(self, timeout_s: float) -> str:
+        """All that has come since the last time, at least one event; a ping where none comes.
+        Empty: nothing more will come.
 
-    async def wait(self, timeout_s: float) -> None:
-        await asyncio.wait({self.next}, timeout=timeout_s)
+        Raises:
+            Exception: the generator's own, once all before it is taken.
+        """
+        if not self._texts and not self._is_over:
+            self._has_news.clear()
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._has_news.wait()
+            except TimeoutError:
+                return PING
+        if self._error is not None and not self._texts:
+            raise self._error
+        text = "".join(self._texts)
+        self._texts.clear()
+        return text
+
+    async def _read(self, events: AsyncGenerator[dict[str, Any], None]) -> None:
+        try:
+            async with aclosing(events):
+                async for body in events:
+                    self._texts.append(event(body))
+                    self._has_news.set()
+        except Exception as error:  # whoever takes next gets it
+            self._error = error
+        finally:
+            self._is_over = True
+            self._has_news.set()
 
     def begin_close(self) -> asyncio.Task[None]:
         """Stop the generator, in a task of its own."""
@@ -114,31 +143,24 @@ class _Feed:
         await asyncio.shield(self.begin_close())
 
     async def _close(self) -> None:
-        self.next.cancel()
-        await asyncio.gather(self.next, return_exceptions=True)
-        await self._events.aclose()
+        self._reading.cancel()
+        await asyncio.gather(self._reading, return_exceptions=True)
 
 
 _open_closings: set[asyncio.Future[None]] = set()  # the loop itself keeps weak references only
 
 
-async def _stream(feed: _Feed, ping_interval_s: float) -> AsyncIterator[str]:
+async def _stream(first: str, feed: _Feed, ping_interval_s: float) -> AsyncIterator[str]:
     """Events as text, pings while they are silent; cancelled by Starlette when the client goes."""
     try:
-        while True:
-            await feed.wait(ping_interval_s)
-            if not feed.next.done():
-                yield PING
-                continue
+        text = first
+        while text:
+            yield text
             try:
-                body = feed.next.result()
-            except StopAsyncIteration:
-                break
+                text = await feed.take(ping_interval_s)
             except Exception as error:  # the status is long sent; the error is the last event
                 yield event(error_body(mid_stream_error(error)))
                 return
-            yield event(body)
-            feed.advance()
         yield DONE
     finally:
         feed.begin_close()  # not awaited: Starlette cancels every await of this task

@@ -1,6 +1,7 @@
 """Keys, the admin's routes, foreign pages."""
 
 import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import httpx
 import pytest
 
 from server.app import create_app
-from server.auth import is_loopback
+from server.auth import is_loopback, require_admin, require_key
 from tests.server.fake_engine import add_adapter, build_state
 
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
@@ -71,6 +72,11 @@ async def test_the_table_above_has_every_route():
         for route in importlib.import_module(f"server.routes.{file.stem}").router.routes:
             if route.path not in ("/health", "/v1/{path:path}"):
                 assert {(method, route.path) for method in route.methods} <= known, route.path
+
+
+def test_keys_are_checked_on_the_event_loop():
+    # FastAPI runs dependencies that are no coroutines in a thread: a detour for every request.
+    assert all(map(inspect.iscoroutinefunction, (require_key, require_admin)))
 
 
 async def test_health_needs_no_key():

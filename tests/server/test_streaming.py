@@ -78,8 +78,10 @@ async def test_events_then_done():
 
 async def test_no_events_is_a_stream_of_nothing():
     client, source = Client(), Source(0)
-    with pytest.raises(StopAsyncIteration):
-        await open_stream(client.request, source.events(), ping_interval_s=10)
+    response = await open_stream(client.request, source.events(), ping_interval_s=10)
+    await response(SCOPE, client.receive, client.send)
+    assert client.text == "data: [DONE]\n\n"
+    assert source.is_closed
 
 
 @pytest.mark.parametrize("leave_at", range(6))
@@ -134,6 +136,32 @@ async def test_a_first_event_that_never_comes():
     client.gone.set()
     await sending
     assert await settle(source)
+
+
+async def test_events_that_came_while_the_client_was_slow_go_out_together():
+    client, source, may_read = Client(), Source(5), asyncio.Event()
+
+    async def send_slowly(message):
+        await may_read.wait()
+        await client.send(message)
+
+    response = await open_stream(client.request, source.events(), ping_interval_s=10)
+    sending = asyncio.ensure_future(response(SCOPE, client.receive, send_slowly))
+    assert await settle(source)  # nobody has read anything yet
+    may_read.set()
+    await sending
+    assert client.text == "".join(event({"n": n}) for n in range(5)) + "data: [DONE]\n\n"
+    assert len(client.sent) < 5 + 2  # the start and the end are messages, too
+
+
+async def test_an_error_comes_after_all_events_before_it():
+    client, source = Client(), Source(3, error=ApiError(503, "gone", code="engine_restarting"))
+    response = await open_stream(client.request, source.events(), ping_interval_s=10)
+    assert await settle(source)
+    await response(SCOPE, client.receive, client.send)
+    *events, last, end = client.text.split("\n\n")
+    assert events == [event({"n": n}).strip() for n in range(3)]
+    assert "engine_restarting" in last and end == ""
 
 
 @pytest.mark.parametrize("is_known", [True, False])

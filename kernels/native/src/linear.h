@@ -1,7 +1,7 @@
 // Projections: slices side by side, 4-bit, 8-bit or dense, cut into tasks for all threads.
 #pragma once
 #include "dense.h"
-#include "nf4.h"
+#include "nf4_int8.h"
 
 namespace HERD_ISA {
 
@@ -48,8 +48,12 @@ static void linear_task(void* context, long task) {
     const long k = m.in_features, rows = stop - first;
     const typename Dot::X* x = (const typename Dot::X*)call.x;
     const Output<E> out = {y, call.y_stride, (const E*)m.bias, m.codebook ? nullptr : m.nested_absmax};
-    if (m.codebook)
+    if (m.codebook && !m.int8_activations)
       multiply_rows<Codes>(m, first, stop, call.packed, call.num_tokens, out);
+#if defined(__AVX512VNNI__)
+    else if (m.codebook)
+      multiply_rows<Int8Codes>(m, first, stop, call.packed, call.num_tokens, out);
+#endif
     else if (m.nested_absmax)
       dense_panel<Dot, E>((const int8_t*)m.data + first * k, k, x, k, first, rows, call.num_tokens,
                           out);
@@ -98,20 +102,25 @@ static void linear(const herd::Matrix* slices, int num_slices, const E* x, long 
   typedef typename Dot::X X;
   const long k = slices[0].in_features;
   long rows_in_all = 0;
-  bool has_codes = false;
+  bool has_codes = false, has_int8 = false, has_others = false;
   for (int i = 0; i < num_slices; i++) {
     rows_in_all += slices[i].out_features;
     has_codes = has_codes || slices[i].codebook;
+    has_int8 = has_int8 || slices[i].int8_activations;
+    has_others = has_others || !slices[i].int8_activations;
   }
   // About 32 KB of 4-bit codes for a few tokens; for many, dense weights that stay in the second
   // cache while all tokens pass by, but tasks enough for every thread.
   long task_rows = (num_tokens <= 32 ? 65536 : 262144) / k;
   task_rows = least(task_rows, ceil_div(rows_in_all, 4L * herd::num_threads()));
   task_rows = most(kRows, task_rows / kRows * kRows);
-  const X* prepared = Prepared<X, E>::of(x, num_tokens * k);
-  const long units = k * (long)sizeof(X) / 4;
-  const uint32_t* packed_x = has_codes ? packed(prepared, num_tokens, units) : nullptr;
-  LinearCall<E> call = {slices, num_slices, prepared, packed_x, num_tokens, y, y_stride, task_rows};
+  LinearCall<E> call = {slices, num_slices, nullptr, nullptr, num_tokens, y, y_stride, task_rows};
+  const X* prepared = has_others ? Prepared<X, E>::of(x, num_tokens * k) : nullptr;
+  call.x = prepared;
+  if (has_codes && !has_int8) call.packed = packed(prepared, num_tokens, k * (long)sizeof(X) / 4);
+#if defined(__AVX512VNNI__)
+  if (has_int8) call.packed = rounded_to_bytes(x, num_tokens, k);
+#endif
   long tasks = 0;
   for (int i = 0; i < num_slices; i++) tasks += ceil_div(slices[i].out_features, task_rows);
   herd::run(linear_task<Dot, typename Chosen<E>::Codes, E>, &call, tasks);
