@@ -167,6 +167,10 @@ class SchedulerConfig:
     as in vLLM: {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4,
     "prompt_lookup_min": 2}. Off when absent."""
 
+    async_scheduling: Literal["auto", "on", "off"] = "auto"
+    """Launch a step before the tokens of the one before it are read, so that the device need not
+    wait for the host. Texts stay the same. auto: on a GPU. With --speculative-config steps wait all
+    the same, because guesses begin with the last token; so they do beside training."""
     enforce_eager: bool = False
     """Launch every kernel of a step anew, instead of replaying decode steps as CUDA graphs."""
 

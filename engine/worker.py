@@ -93,7 +93,7 @@ def _run(
 ) -> int:
     """The worker's life; returns its exit code."""
     try:
-        engine, info = create_engine(config, folder, source, _progress_sender(conn))
+        engine, info = create_engine(config, folder, source, _progress_sender(conn), conn.send)
         training = create_runner(config, engine, info, source, write_adapter)
         conn.send(info)
         gc.freeze()  # what is there now stays; looking through it for garbage would hold up a step

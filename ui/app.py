@@ -75,7 +75,7 @@ def build_page(base_url: str, api_key: str | None = None, *, verify: bool = True
         with gr.Row():
             with gr.Column(scale=3, min_width=300), gr.Tabs():
                 with gr.Tab("Chat") as chat_tab:
-                    chat = make_view("Who answers", autofocus=True)
+                    chat = make_view("Who answers", is_first=True)
                 with gr.Tab("Side by side") as pair_tab:
                     pair = make_view("Left", "Right")
                 with gr.Tab("Train") as train_tab:
@@ -91,12 +91,17 @@ def build_page(base_url: str, api_key: str | None = None, *, verify: bool = True
         pickers = [*chat.pickers, *pair.pickers]
         max_tokens = settings.sampling["max_tokens"]
         models = Models(
-            pickers=pickers, notice=notice, max_tokens=max_tokens, timer=timer, **common
+            pickers=pickers,
+            box=chat.box,
+            notice=notice,
+            max_tokens=max_tokens,
+            timer=timer,
+            **common,
         )
         refresh = {
             "fn": models.refresh,
             "inputs": {*pickers, notice},  # a set, so that handlers get their values by component
-            "outputs": [*pickers, notice, key_row, max_tokens, timer],
+            "outputs": [*pickers, chat.box, notice, key_row, max_tokens, timer],
             **EVENT,
         }
         # What has been trained meanwhile can be picked.

@@ -44,8 +44,9 @@ def make_settings() -> Settings:
     return Settings(system_prompt=system_prompt, sampling=sampling, seed=seed)
 
 
-def make_view(*titles: str, autofocus: bool = False) -> View:
-    """One tab: a picker and a conversation per title, and one box to ask them all."""
+def make_view(*titles: str, is_first: bool = False) -> View:
+    """One tab: a picker and a conversation per title, and one box to ask them all. That of the
+    tab which is shown first is closed; ui/models.py opens it."""
     pickers, chatbots = [], []
     with gr.Row(elem_classes=["herd-columns", f"herd-{len(titles)}-columns"]):
         for title in titles:
@@ -77,7 +78,7 @@ def make_view(*titles: str, autofocus: bool = False) -> View:
         placeholder="Write a message",
         max_lines=8,
         submit_btn="Send",
-        autofocus=autofocus,
+        interactive=not is_first,
         elem_classes="herd-box",
     )
     with gr.Row(elem_classes="herd-buttons"):

@@ -28,6 +28,9 @@ class Models:
     client: Client
     api_key: str | None
     pickers: Sequence[gr.Dropdown]
+    box: gr.Textbox
+    """For messages, in the tab that is shown first: closed until there is a model to ask, because
+    what is sent before is refused. It gets the focus when it opens."""
     notice: gr.HTML
     key_row: gr.Row
     max_tokens: gr.Slider
@@ -58,6 +61,8 @@ class Models:
             )
             for picker, default in zip(self.pickers, defaults, strict=True)
         }
+        if names:
+            updates[self.box] = gr.update(interactive=True, autofocus=True)
         if max_model_len := max((card.max_model_len or 0 for card in cards), default=0):
             updates[self.max_tokens] = gr.update(maximum=max_model_len)
         is_demo = any(is_demo_name(card.name) for card in cards if card.parent is None)

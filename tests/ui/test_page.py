@@ -41,6 +41,20 @@ def test_the_page_introduces_itself(page):
     ]
 
 
+def test_the_box_opens_and_has_the_focus_once_there_is_a_model_to_ask(page, api):
+    expect(box(page)).to_be_focused()
+    api.required_key = "secret-2"
+    page.reload()
+    expect(page.locator("#herd-notice")).to_contain_text("asks for an API key")
+    expect(box(page)).to_be_disabled()
+    key = page.get_by_label("API key")
+    key.fill("secret-2")
+    key.press("Enter")
+    expect(box(page)).to_be_focused()
+    ask(page, "hello")
+    wait_for_answer(page)
+
+
 def test_who_scores_answers_is_not_asked_for_any(page, api):
     api.training.judges.append("pirate")
     page.get_by_role("button", name="↻ Adapters").click()

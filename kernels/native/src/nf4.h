@@ -343,16 +343,21 @@ static void dequantize_task(void* context, long task) {
   const uint32_t* codes = (const uint32_t*)group_codes(m, n);
   float* scales = (float*)herd::scratch(herd::kScales, kRows * blocks * (long)sizeof(float));
   decode_scales(m, n, rows, scales);
-  uint32_t by_row[kRows][2 * kWords], last[2 * kWords][kRows];
-  for (long b = 0; b < blocks; b += 2) {  // two blocks are 16 words
-    const uint32_t* words = codes + b * kWords * kRows;
-    if (b + 1 == blocks) words = (const uint32_t*)memcpy(last, words, sizeof last / 2);
-    for (long r = 0; r < rows; r += 16) transpose_words(words + r, kRows, by_row[r], 2 * kWords);
-    for (long r = 0; r < rows; r++)
-      for (long i = b; i < least(b + 2, blocks); i++)
-        Codes::dequantize(table, scales[r * blocks + i], by_row[r] + (i - b) * kWords,
-                          call.out + (n + r) * k + i * kBlock);
-  }
+  constexpr long several = 8;  // blocks, whose words are brought into the order of rows
+  alignas(64) uint32_t by_row[16][several * kWords], last[16][kRows];
+  for (long first = 0; first < rows; first += 16)
+    for (long b = 0; b < blocks; b += several) {
+      const long stop = least(b + several, blocks);
+      for (long i = b; i < stop; i += 2) {  // two blocks are 16 words
+        const uint32_t* words = codes + i * kWords * kRows;
+        if (i + 1 == blocks) words = (const uint32_t*)memcpy(last, words, sizeof last / 2);
+        transpose_words(words + first, kRows, by_row[0] + (i - b) * kWords, several * kWords);
+      }
+      for (long r = first; r < least(first + 16, rows); r++)
+        for (long i = b; i < stop; i++)
+          Codes::dequantize(table, scales[r * blocks + i], by_row[r - first] + (i - b) * kWords,
+                            call.out + (n + r) * k + i * kBlock);
+    }
 }
 
 }  // namespace HERD_ISA
