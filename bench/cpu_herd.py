@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--patience", type=float, default=15, help="seconds for a row at most")
     parser.add_argument("--lm-head-dtype", default="auto")
+    parser.add_argument("--cpu-activations", default="full")
     options = parser.parse_args()
     folder = options.folder
     paths = [make_adapter(folder, seed) for seed in range(NUM_ADAPTERS)]
@@ -106,6 +107,7 @@ def main() -> None:
             device="cpu",
             threads=options.threads,
             lm_head_dtype=options.lm_head_dtype,
+            cpu_activations=options.cpu_activations,
         ),
         cache=CacheConfig(enable_prefix_caching=False, kv_cache_memory_bytes=KV_BYTES),
         scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=2048),
