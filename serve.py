@@ -340,8 +340,9 @@ def make_app(state: ServerState, config: ServerConfig, url: str) -> Any:
 
 async def load(engine: EngineClient, state: ServerState, adapters: dict[str, Path]) -> EngineInfo:
     """Start the engine and load the adapters, with progress bars."""
-    from server.console import show_progress
+    from server.console import show_progress, show_recording
 
+    engine.on_recording = show_recording
     bars = asyncio.create_task(show_progress(engine))
     try:
         info = await engine.start()

@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.aot_attention import attention_cases
+from bench.aot_choice import choice_cases
 from bench.aot_linear import Case, linear_cases
 from bench.aot_rows import row_cases
 
@@ -200,7 +201,7 @@ def main() -> None:
     print(f"Triton {triton.__version__}; instructions, ALU and LD/ST are per weight")
     print("| kernel | arch | registers | shared, KB | instructions | ALU | LD/ST | wide loads |")
     print("|---|---|---|---|---|---|---|---|")
-    for case in linear_cases() + attention_cases() + row_cases():
+    for case in linear_cases() + attention_cases() + row_cases() + choice_cases():
         for arch in case.arches:
             if arguments.arch in (None, arch):
                 counts = count(case, arch)

@@ -28,15 +28,14 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from torch.nn import functional
 
 from bench.gpu_linear import ROTATED_BYTES, copy_bandwidth, time_us
+from bench.gpu_sampling import time_sampling
 from kernels.fp8_cache import FP8
-from kernels.gpu import attention, register, rotary, rows, sampling
+from kernels.gpu import attention, register, rotary, rows
 from kernels.gpu import device as gpu
 from kernels.paged_attention import paged_attention_reference, write_kv_cache
-from kernels.truncation import truncate_reference
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {"8B, 32/8 heads": (32, 8, 128), "65B, 64 heads": (64, 64, 128)}
@@ -223,40 +222,6 @@ def time_layers(
             results.append({"call": name, "num_tokens": num_tokens, "us": us, "share": share})
             print(results[-1], flush=True)
     return results
-
-
-def time_sampling(
-    device: torch.device, vocab_sizes: tuple[int, ...], batches: tuple[int, ...]
-) -> list[dict[str, Any]]:
-    """Truncation beside PyTorch's sort, which waits for the device and so is in no graph."""
-    results = []
-    for vocab_size, batch in itertools.product(vocab_sizes, batches):
-        probs = torch.randn(batch, vocab_size, device=device).mul_(3).softmax(dim=-1)
-        k = torch.full((batch,), 50, device=device)
-        p = torch.full((batch,), 0.9, device=device)
-        for name, rules in (("top-k", (None, k, None)), ("top-p", (None, None, p))):
-            copies = [probs.clone() for _ in range(4)]
-            calls = [partial(sampling.truncate, copy, *rules) for copy in copies]
-            row = {"rule": name, "vocab_size": vocab_size, "batch": batch}
-            results.append({
-                **row, "us": time_us(calls, device), "PyTorch, us": time_eager(probs, rules, device)
-            })  # fmt: skip
-            print(results[-1], flush=True)
-    return results
-
-
-def time_eager(probs: Tensor, rules: tuple[Any, ...], device: torch.device) -> float:
-    """Microseconds of the reference, the second of two calls, waiting included."""
-    if device.type != "cuda":
-        return time_us([partial(truncate_reference, probs.clone(), *rules)], device)
-    copies = [probs.clone() for _ in range(2)]
-    truncate_reference(copies[0], *rules)
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    truncate_reference(copies[1], *rules)
-    stop.record()
-    stop.synchronize()
-    return start.elapsed_time(stop) * 1e3
 
 
 def sweep(

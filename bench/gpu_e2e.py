@@ -4,8 +4,9 @@
     python -m bench.gpu_e2e --shapes 65B --only decode prefill
     python -m bench.gpu_e2e --tiny --device cpu      # tries the script itself, in seconds
 
-Parts   decode (batches, without and with recorded graphs), prefill (prompt lengths), adapters (1, 8
-        and 64 distinct ones beside the base), speculation (a text that repeats itself), peer
+Parts   decode (batches, as served, with --async-scheduling off and with --enforce-eager), prefill
+        (prompt lengths), adapters (1, 8 and 64 distinct ones beside the base), speculation (a text
+        that repeats itself), peer
         (transformers with bitsandbytes, where it is installed: bench/gpu_e2e_transformers.py), http
         (Poisson arrivals at a server: bench/gpu_e2e_http.py, where fastapi and httpx are there).
 Weights are random NF4, made on the device (bench/random_model.py). Requests go through
@@ -144,9 +145,10 @@ def measure_shape(
 
 
 def modes(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The engine as it serves, then without graphs, then with guessed tokens."""
+    """The engine as it serves, then waiting for each step, without graphs, with guessed tokens."""
     yield "served", {}
     if options.device == "cuda" and "decode" in options.only:
+        yield "waiting", {"async_scheduling": "off"}
         yield "eager", {"enforce_eager": True}
     if "speculation" in options.only:
         yield "guessing", {"speculative_config": SPECULATION}
@@ -197,7 +199,7 @@ class Load:
             for batch in options.batches:
                 found = self.decode(batch, 0, bandwidth)
                 yield {"what": "decode", "mode": mode, "batch": batch, **found}
-        if mode == "eager":
+        if mode != "served":
             return
         if "prefill" in parts:
             for num_tokens in options.prompts:
@@ -235,7 +237,7 @@ class Load:
             begun |= {delta.request_id for delta in self.engine.step().deltas if delta.token_ids}
         for _ in range(num_warm_up):
             self.engine.step()
-        times_s = [timed(self._device, self.engine.step) for _ in range(options.steps)]
+        times_s = [self._step_s() for _ in range(options.steps)]
         self._clear()
         step_s = statistics.median(times_s)
         context = prompt_len + num_warm_up + options.steps // 2
@@ -246,6 +248,12 @@ class Load:
             "p99_ms": round(1e3 * sorted(times_s)[int(0.99 * (len(times_s) - 1))], 3),
             "share": round(self.step_bytes(batch, context) / step_s / bandwidth, 3),
         }
+
+    def _step_s(self) -> float:
+        """Seconds between one step's tokens and the next one's: the next may be in flight."""
+        started_s = time.perf_counter()
+        self.engine.step()
+        return time.perf_counter() - started_s
 
     def step_bytes(self, batch: int, context: int) -> int:
         """What a decode step must read: all weights but the embedding, and the keys and values."""

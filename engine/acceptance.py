@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 
 from engine.api import GenerateRequest
 from engine.errors import ContextLengthExceeded, EngineError, NotEnoughMemory, RequestError
+
+T = TypeVar("T")
+
+FATAL = (torch.AcceleratorError, KeyboardInterrupt, SystemExit)
+"""After these nothing can be repeated. All else is a request's fault, even a panic in a native
+library, which is a BaseException."""
 
 
 def check_request(request: GenerateRequest, *, vocab_size: int, max_len: int) -> None:
@@ -45,3 +54,14 @@ def as_engine_error(error: BaseException) -> EngineError:
             "--max-num-batched-tokens so that activations fit."
         )
     return EngineError(f"The model failed on this request: {type(error).__name__}: {error}")
+
+
+def attempt(run: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """What a call returns, or what it raises: the boundary of requests, of which only those at
+    fault end. FATAL goes on."""
+    try:
+        return run(), None
+    except FATAL:
+        raise
+    except BaseException as error:
+        return None, error

@@ -347,6 +347,16 @@ class LoadProgress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecordingProgress:
+    """The worker begins to record a decode step as a graph, or has ended, well or not."""
+
+    num_recorded: int
+    num_sizes: int
+    """How many there may be: each is recorded when a batch first needs it, some perhaps never."""
+    is_recording: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
     """Sent once, when the worker is ready to take requests."""
 
@@ -379,4 +389,12 @@ class WorkerFailed:
     error: ErrorInfo
 
 
-Reply = StepOutput | AdapterReply | TrainingEvent | LoadProgress | EngineInfo | WorkerFailed
+Reply = (
+    StepOutput
+    | AdapterReply
+    | TrainingEvent
+    | LoadProgress
+    | RecordingProgress
+    | EngineInfo
+    | WorkerFailed
+)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from engine.sequence import Sequence
+from engine.transfers import to_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +36,38 @@ class Batch:
     finishing: list[Sequence]  # [num_rows], the sequences of those rows
 
 
+@dataclass(frozen=True, slots=True)
+class LastTokens:
+    """What the step in flight chooses: known to the device alone."""
+
+    token_ids: torch.Tensor  # int64 [num_rows]; negative where a text ends with an error
+    rows: dict[Sequence, int]
+
+    def fill_in(self, input_ids: torch.Tensor, places: list[tuple[int, Sequence]]) -> None:
+        """Put each of these sequences' last token in its place, on the device.
+
+        Args:
+            input_ids: int64 [num_tokens].
+            places: (place in input_ids, sequence).
+        """
+        # A text that has ended runs along until the host knows; it needs some token of the model's.
+        if list(self.rows) == [sequence for _, sequence in places] and places[-1][0] < len(places):
+            # As a rule all go on, in their order.
+            torch.clamp(self.token_ids, min=0, out=input_ids[: len(places)])
+            return
+        index = torch.tensor(
+            [[place for place, _ in places], [self.rows[sequence] for _, sequence in places]]
+        )
+        targets, sources = to_device(index, input_ids.device)
+        input_ids.index_copy_(0, targets, self.token_ids[sources].clamp(min=0))
+
+
 def make_batch(
-    items: SequenceOf[tuple[Sequence, int]], *, block_size: int, device: torch.device
+    items: SequenceOf[tuple[Sequence, int]],
+    *,
+    block_size: int,
+    device: torch.device,
+    last: LastTokens | None = None,
 ) -> Batch:
     """Lay out the scheduled tokens.
 
@@ -45,9 +76,11 @@ def make_batch(
             + num_new_tokens.
         block_size: tokens per KV block.
         device: where the tensors go.
+        last: of the step in flight, where there is one.
     """
     num_seqs = len(items)
     input_ids: list[int] = []
+    unknown: list[tuple[int, Sequence]] = []
     lora_indices: list[int] = []
     lora_scales: list[float] = []
     logit_rows: list[int] = []
@@ -61,7 +94,12 @@ def make_batch(
         end = start + num_new_tokens
         starts[index], counts[index] = start, num_new_tokens
         tables[index, : len(sequence.block_table)] = sequence.block_table
-        if num_new_tokens == 1:
+        if sequence.num_pending_tokens:
+            unknown.append((len(input_ids), sequence))
+            input_ids.append(0)
+            lora_indices.append(sequence.lora_row)
+            lora_scales.append(sequence.request.lora_scale)
+        elif num_new_tokens == 1:
             input_ids.append(sequence.token_ids[start])
             lora_indices.append(sequence.lora_row)
             lora_scales.append(sequence.request.lora_scale)
@@ -70,7 +108,7 @@ def make_batch(
             input_ids += sequence.draft_token_ids
             lora_indices += [sequence.lora_row] * num_new_tokens
             lora_scales += [sequence.request.lora_scale] * num_new_tokens
-        num_rows = end - len(sequence.token_ids) + 1
+        num_rows = end - sequence.num_tokens + 1
         if num_rows > 0:
             logit_rows += range(len(input_ids) - num_rows, len(input_ids))
             finishing += [sequence] * num_rows
@@ -81,8 +119,12 @@ def make_batch(
     positions = np.arange(ends[-1]) + (starts - (ends - counts))[seq_of_token]
     slot_mapping = tables[seq_of_token, positions // block_size].astype(np.int64) * block_size
     slot_mapping += positions % block_size
+    ids = _to(np.array(input_ids, dtype=np.int64), device)
+    if unknown:
+        assert last is not None, "a token in flight without its step"
+        last.fill_in(ids, unknown)
     return Batch(
-        input_ids=_to(np.array(input_ids, dtype=np.int64), device),
+        input_ids=ids,
         positions=_to(positions, device),
         cu_seqlens_q=_to(cu_seqlens_q, device),
         context_lens=_to((starts + counts).astype(np.int32), device),
@@ -97,10 +139,3 @@ def make_batch(
 
 def _to(values: np.ndarray, device: torch.device) -> torch.Tensor:
     return to_device(torch.from_numpy(values), device)
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on the device, without waiting for what runs there."""
-    if device.type == "cuda" and tensor.numel():
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

@@ -121,7 +121,11 @@ class BlockManager:
         sequence.num_committed_blocks = num_full
 
     def release(self, sequence: Sequence) -> None:
-        """Take all blocks back; those with known content stay cached until the space is needed."""
+        """Take all blocks back; those with known content stay cached until the space is needed.
+
+        A step in flight may still write into the others: whoever gets them runs in a later step,
+        and the device runs steps in the order of their launch.
+        """
         # Last block first, so that the end of a text is evicted before its beginning.
         for block in reversed(sequence.block_table):
             self._ref_counts[block] -= 1

@@ -39,6 +39,10 @@ class ModelConfig:
     """How the output head is held; auto keeps it as stored. int8 halves and nf4 quarters the memory
     that it takes and the time to read it, at some cost in accuracy. A head that is tied to the
     embedding gets a copy of its own."""
+    cpu_activations: Literal["full", "int8"] = "full"
+    """What 4-bit weights are multiplied with on a CPU: activations as they are, or rounded to 8
+    bits, 64 at a time with a scale of their own, which is faster and costs some accuracy. Wants a
+    processor with AVX-512 VNNI and BF16."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes a GPU when there is one."""
     threads: int | None = None
@@ -163,6 +167,10 @@ class SchedulerConfig:
     as in vLLM: {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4,
     "prompt_lookup_min": 2}. Off when absent."""
 
+    async_scheduling: Literal["auto", "on", "off"] = "auto"
+    """Launch a step before the tokens of the one before it are read, so that the device need not
+    wait for the host. Texts stay the same. auto: on a GPU. With --speculative-config steps wait all
+    the same, because guesses begin with the last token; so they do beside training."""
     enforce_eager: bool = False
     """Launch every kernel of a step anew, instead of replaying decode steps as CUDA graphs."""
 

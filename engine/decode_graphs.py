@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from engine.api import RecordingProgress
+from engine.batch import LastTokens
 from engine.decode_inputs import DecodeInputs
 from engine.sequence import Sequence
 
@@ -91,6 +93,7 @@ class DecodeGraphs:
         max_num_blocks: int,
         device: torch.device,
         budget_bytes: int | None = None,
+        report: Callable[[RecordingProgress], None] = lambda _: None,
     ) -> None:
         """
         Args:
@@ -98,6 +101,7 @@ class DecodeGraphs:
             block_size: tokens per KV block.
             max_num_blocks: of one sequence's block table.
             budget_bytes: of the device's memory that recordings may take; None: any.
+            report: told before and after each recording, which takes a moment that people notice.
         """
         self._model = model
         self._kv_caches = kv_caches
@@ -105,6 +109,7 @@ class DecodeGraphs:
         self._backend = backend
         self._sizes = sizes
         self._budget_bytes = budget_bytes
+        self._report = report
         self._inputs = DecodeInputs(
             max(sizes), block_size=block_size, max_num_blocks=max_num_blocks, device=device
         )
@@ -117,7 +122,9 @@ class DecodeGraphs:
         self.num_bytes = 0
         """What the recordings that there are have taken of the device's memory."""
 
-    def run(self, items: SequenceOf[tuple[Sequence, int]]) -> torch.Tensor | None:
+    def run(
+        self, items: SequenceOf[tuple[Sequence, int]], last: LastTokens | None = None
+    ) -> torch.Tensor | None:
         """A decode step's logits, float32 [num_tokens, vocab_size], which the next one overwrites;
         None where this step has to run as others do."""
         size = self._size_for(items)
@@ -129,7 +136,7 @@ class DecodeGraphs:
         is_known = size in self._replays
         if not is_known and not self._may_record:
             return None
-        num_rows = self._inputs.load([sequence for sequence, _ in items], size)
+        num_rows = self._inputs.load([sequence for sequence, _ in items], size, last)
         if not is_known and not self._record(size):
             return None
         self._replays[size]()
@@ -150,7 +157,7 @@ class DecodeGraphs:
         if num_rows > self._sizes[-1]:
             return None
         # A prompt's last token is no decode: it may be scored, or tell about the prompt.
-        if not all(s.num_missing_tokens == 1 and s.output_token_ids for s, _ in items):
+        if not all(s.num_missing_tokens == 1 and s.has_output for s, _ in items):
             return None
         if not self._pool.may_be_recorded([sequence.lora_row for sequence, _ in items]):
             return None
@@ -166,6 +173,7 @@ class DecodeGraphs:
             self._logits[size] = self._model.logits(hidden, lora)
 
         before_bytes = self._backend.memory_bytes()
+        self._report_progress(is_recording=True)
         try:
             self._replays[size] = self._backend.capture(run)
         except torch.AcceleratorError:
@@ -174,6 +182,8 @@ class DecodeGraphs:
             logger.warning("Decode steps are not recorded as graphs: %s", error)
             self._is_given_up = True
             return False
+        finally:
+            self._report_progress(is_recording=False)
         self.num_bytes += max(0, self._backend.memory_bytes() - before_bytes)
         logger.info(
             "Recorded the decode step of %d sequences (%d of %d sizes, %.0f MB in all).",
@@ -187,8 +197,18 @@ class DecodeGraphs:
             )  # fmt: skip
         return True
 
+    def _report_progress(self, *, is_recording: bool) -> None:
+        self._report(
+            RecordingProgress(
+                num_recorded=len(self._replays),
+                num_sizes=len(self._sizes),
+                is_recording=is_recording,
+            )
+        )
+
     def _forget(self) -> None:
-        """The pool has changed: what was recorded reads adapters where they no longer are."""
+        """The pool has changed: what was recorded reads adapters where they no longer are.
+        CUDA lets a recording in flight run to its end before it frees it."""
         self._replays.clear()
         self._logits.clear()
         self._backend.forget()

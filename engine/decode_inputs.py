@@ -2,7 +2,11 @@
 
 Two sets of page-locked memory take turns. While a step runs, prepare_next fills the other set with
 what the step after it will need if nobody comes or goes; load then writes the new tokens, the
-blocks that were added meanwhile, and whatever else has changed.
+blocks that were added meanwhile, and whatever else has changed. Tokens that the device alone knows
+are put in their places there.
+
+A set is written only when the copies from it have run: an event behind them is waited for. In the
+course of things it lies before tokens that have been read, so that this takes no time.
 """
 
 from __future__ import annotations
@@ -12,8 +16,9 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 import torch
 
-from engine.batch import Batch
+from engine.batch import Batch, LastTokens
 from engine.sequence import Sequence
+from engine.transfers import Event, record_event
 
 
 class _Host:
@@ -33,11 +38,19 @@ class _Host:
         self.slots[:] = -1
         self.lora_rows[:] = -1
         self.block_tables[:] = -1
+        self.copied: Event | None = None
+        """Behind the last copies from here to the device."""
         self.sequences: list[Sequence] = []
         """Whose rows these are; one with drafts has a row more for each."""
         self.written: list[tuple[list[int], int]] = []
         """Each one's block table, and how many of its blocks are written here. Those that are do
         not change while the table is the same list."""
+
+    def wait(self) -> None:
+        """Until it may be written."""
+        if self.copied is not None:
+            self.copied.synchronize()
+            self.copied = None
 
     def set_row(self, row: int, sequence: Sequence, position: int) -> None:
         """All of one token but itself and its slot."""
@@ -91,17 +104,21 @@ class DecodeInputs:
         """lora_indices int32 [size] and lora_scales float32 [size]."""
         return self._ints[1, :size], self._scales[:size]
 
-    def load(self, sequences: SequenceOf[Sequence], size: int) -> int:
+    def load(
+        self, sequences: SequenceOf[Sequence], size: int, last: LastTokens | None = None
+    ) -> int:
         """Copy one decode of each of these sequences to the device, filled up to `size` rows.
 
         Args:
             sequences: each lacks one token, its last, and has blocks for it and its drafts.
             size: at least their number and that of their drafts.
+            last: of the step in flight, where there is one.
 
         Returns:
             Rows that are used.
         """
         host = self._hosts[0]
+        host.wait()
         rows = [
             (sequence, offset)
             for sequence in sequences
@@ -109,7 +126,11 @@ class DecodeInputs:
         ]
         self._bring_up_to_date(host, rows)
         num_rows, block_size = len(rows), self._block_size
+        unknown: list[tuple[int, Sequence]] = []
         for row, (sequence, offset) in enumerate(rows):
+            if sequence.num_pending_tokens:
+                unknown.append((row, sequence))
+                continue
             drafts = sequence.draft_token_ids
             host.tokens[row] = drafts[offset - 1] if offset else sequence.token_ids[-1]
         positions = host.positions[:num_rows]
@@ -123,11 +144,16 @@ class DecodeInputs:
         ):
             device.copy_(source, non_blocking=True)
         self._tables[:size].copy_(host.tables[:size], non_blocking=True)
+        host.copied = record_event(self._long.device)
+        if unknown:
+            assert last is not None, "a token in flight without its step"
+            last.fill_in(self._long[0], unknown)
         return num_rows
 
     def prepare_next(self) -> None:
         """Turn to the other set, and fill it as if all sequences of this one went on."""
         last, host = self._hosts
+        host.wait()
         self._hosts = [host, last]
         num_seqs = len(last.sequences)
         if host.sequences != last.sequences:

@@ -1,8 +1,11 @@
-"""The synchronous heart: requests in, steps, deltas out. It starts no process and no thread.
+"""The heart: requests in, steps, deltas out. It starts no process and no thread.
 
 Every accepted request ends in exactly one final delta: all ways out lead through `_finish`. A
 forward pass that raises is repeated sequence by sequence, so that only who is at fault ends with an
 error; a lost device is fatal and left to the worker.
+
+A step may be in flight between two calls of step(), which tells what it has brought a call later:
+engine/in_flight.py.
 """
 
 from __future__ import annotations
@@ -16,11 +19,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine.acceptance import as_engine_error, check_request
+from engine.acceptance import as_engine_error, attempt, check_request
 from engine.adapter_commands import AdapterCommands
 from engine.api import (
     EngineStats,
-    ErrorInfo,
     FinishReason,
     GenerateRequest,
     RequestDelta,
@@ -29,10 +31,11 @@ from engine.api import (
 )
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
+from engine.deltas import append_tokens, make_delta
 from engine.errors import AdapterError, EngineError, RequestError
 from engine.grammar_queue import GrammarQueue
+from engine.in_flight import StepInFlight, launch_choice
 from engine.model_runner import Model, ModelRunner
-from engine.sampler import NOT_REACHED
 from engine.scheduler import Group, Scheduler
 from engine.sequence import Sequence
 
@@ -42,10 +45,6 @@ if TYPE_CHECKING:
     from engine.sampler import SampledToken, Sampler
 
 logger = logging.getLogger(__name__)
-
-FATAL = (torch.AcceleratorError, KeyboardInterrupt, SystemExit)
-"""After these nothing can be repeated. All else is a request's fault, even a panic in a native
-library, which is a BaseException."""
 
 
 class Engine:
@@ -87,6 +86,10 @@ class Engine:
         self._compiling = GrammarQueue(compiler)
         self._outbox: list[RequestDelta] = []
         self._num_arrivals = 0
+        self._in_flight: StepInFlight | None = None
+        mode = config.scheduler.async_scheduling
+        is_wanted = mode == "on" or (mode == "auto" and runner.device.type != "cpu")
+        self._may_run_ahead = is_wanted and self.scheduler.speculation is None
 
     @property
     def model(self) -> Model:
@@ -137,19 +140,29 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether step() has, or soon will have, anything to do or to say."""
-        return bool(self._sequences or self._outbox or self.adapters.has_work)
+        is_busy = self._in_flight is not None or self.adapters.has_work
+        return bool(self._sequences or self._outbox or is_busy)
 
     @property
     def num_requests(self) -> int:
         """Those that have not ended."""
         return len(self._sequences)
 
-    def step(self, group: Group = "all", max_num_tokens: int | None = None) -> StepOutput:
-        """Run one step and tell what it added; with nothing to run, deliver what is pending.
+    def step(
+        self,
+        group: Group = "all",
+        max_num_tokens: int | None = None,
+        *,
+        may_run_ahead: bool = True,
+    ) -> StepOutput:
+        """Run one step, or launch it and end the one before; tell what the ended ones added. With
+        nothing to run, deliver what is pending.
 
         Args:
             group:          whose tokens to run.
             max_num_tokens: how many at most; None: as many as --max-num-batched-tokens says.
+            may_run_ahead:  whether the step may be in flight when this returns, where --async-
+                            scheduling allows it and the group is all.
         """
         started_s = time.perf_counter()
         deltas, self._outbox = self._outbox, []
@@ -159,16 +172,17 @@ class Engine:
                 self.scheduler.add(sequence)
             else:
                 deltas.append(self._finish(sequence, "error", error=failure, is_queued=False))
-        schedule = self.scheduler.schedule(group, max_num_tokens)
-        for sequence, error in schedule.failed:
-            deltas.append(self._finish(sequence, "error", error=error, is_queued=False))
-        for sequence, _ in schedule.items:
-            if sequence.first_scheduled_s is None:
-                sequence.first_scheduled_s = started_s
-                sequence.num_cached_tokens = sequence.num_computed_tokens
-        if schedule.items:
-            self._run(schedule.items, deltas)
-        num_tokens = sum(num_new_tokens for _, num_new_tokens in schedule.items)
+        if self._in_flight is not None and (group != "all" or not self.scheduler.has_room()):
+            self._end_step(deltas)  # some sequence may be preempted: no token of it is in flight
+        items = self._schedule(group, max_num_tokens, started_s, deltas)
+        if not items and self._in_flight is not None:
+            self._end_step(deltas)  # those that end make room for others
+            items = self._schedule(group, max_num_tokens, started_s, deltas)
+        if items:
+            self._run(items, deltas)
+        if not (self._may_run_ahead and may_run_ahead and group == "all"):
+            self._end_step(deltas)
+        num_tokens = sum(num_new_tokens for _, num_new_tokens in items)
         return StepOutput(
             deltas=tuple(deltas), stats=self._stats(time.perf_counter() - started_s, num_tokens)
         )
@@ -184,6 +198,8 @@ class Engine:
         queued = {*self.scheduler.waiting, *self.scheduler.running}
         assert set(sequences) == compiling | queued, "a sequence is lost"
         assert not compiling & queued, "a sequence runs without its grammar"
+        flying = {s for s, _ in self._in_flight.items} if self._in_flight is not None else set()
+        assert all(s in flying for s in sequences if s.num_pending_tokens), "a token is lost"
         self.adapters.check_integrity([s.adapter for s in sequences if s.adapter is not None])
 
     def close(self) -> None:
@@ -193,88 +209,128 @@ class Engine:
 
     # One step.
 
+    def _schedule(
+        self,
+        group: Group,
+        max_num_tokens: int | None,
+        started_s: float,
+        deltas: list[RequestDelta],
+    ) -> list[tuple[Sequence, int]]:
+        schedule = self.scheduler.schedule(group, max_num_tokens)
+        for sequence, error in schedule.failed:
+            deltas.append(self._finish(sequence, "error", error=error, is_queued=False))
+        for sequence, _ in schedule.items:
+            if sequence.first_scheduled_s is None:
+                sequence.first_scheduled_s = started_s
+                sequence.num_cached_tokens = sequence.num_computed_tokens
+        return schedule.items
+
     @torch.inference_mode()
     def _run(self, items: list[tuple[Sequence, int]], deltas: list[RequestDelta]) -> None:
-        """Run and sample; after an error find out whose it is by running each sequence alone."""
-        result = None
-        try:
-            result = self._runner.run(items)
-            self._runner.prepare_next()
-            tokens = self._sampler.sample(result.logits, result.sampled) if result.sampled else []
-        except FATAL:
-            raise
-        except BaseException as error:  # a request's boundary: only those at fault end
-            if isinstance(error, torch.OutOfMemoryError):
-                error.__traceback__ = None  # its frames hold the step's activations
-                has_more = self.make_room()
-                torch.cuda.empty_cache()
-                if has_more and result is None:
-                    self._run(items, deltas)
-                    return
-            if len(items) == 1 and not items[0][0].draft_token_ids:
-                if not isinstance(error, RequestError | AdapterError):
-                    logger.exception("A forward pass failed.")
-                deltas.append(self._finish_failed(items[0][0], as_engine_error(error)))
-                return
-            logger.warning("A step failed (%r); repeating it one sequence at a time.", error)
-            for sequence, num_new_tokens in items:
-                if result is not None and sequence.grammar is not None:
-                    # The sampler may have moved this grammar on: it cannot choose that token again.
-                    deltas.append(self._finish_failed(sequence, as_engine_error(error)))
-                else:
-                    num_drafts = len(sequence.draft_token_ids)  # they may be what is at fault
-                    self.scheduler.drop_drafts(sequence)
-                    self._run([(sequence, num_new_tokens - num_drafts)], deltas)
+        """Launch a step, end the one before, and leave the new one in flight; after an error find
+        out whose it is by running each sequence alone. The order is that of engine/in_flight.py."""
+        last = self._in_flight.last_tokens if self._in_flight is not None else None
+        result, error = attempt(lambda: self._runner.run(items, last))
+        self._end_step(deltas)
+        items = [(sequence, count) for sequence, count in items if not sequence.has_ended]
+        pending = None
+        if result is not None:
+            pending, error = attempt(lambda: launch_choice(self._sampler, result))
+        if error is not None:
+            self._repeat(items, error, result is not None, deltas)
+            error.__traceback__ = None  # it would keep this frame, and the step's tensors
             return
-        self.scheduler.complete(items)
-        for sequence, entries in result.prompt_logprobs:
-            sequence.prompt_logprobs += entries
-        rows = zip(result.sampled, tokens, strict=True)
-        for sequence, own_rows in groupby(rows, key=itemgetter(0)):
-            deltas += self._advance(sequence, [token for _, token in own_rows])
-        deltas += [self._finish(s, "stop", score=score) for s, score in result.scores]
+        assert result is not None
+        self._runner.prepare_next()
+        for sequence, num_new_tokens in items:
+            # Of drafts nothing is known yet: append_tokens counts those that were right.
+            sequence.num_computed_tokens += num_new_tokens - len(sequence.draft_token_ids)
+        for sequence in pending.sequences if pending is not None else ():
+            sequence.num_pending_tokens = 1
+        self._in_flight = StepInFlight(
+            items, pending, result.prompt_logprobs, result.scored, result.scores
+        )
 
-    def _advance(self, sequence: Sequence, tokens: list[SampledToken]) -> list[RequestDelta]:
-        """Append the tokens that a text comes to and say so, with the end where there is one.
+    def _repeat(
+        self,
+        items: list[tuple[Sequence, int]],
+        error: BaseException,
+        has_run: bool,
+        deltas: list[RequestDelta],
+    ) -> None:
+        """Run a step's sequences again, after an error: each alone, or all where memory was short
+        and there is more now.
 
         Args:
-            sequence: its drafts are dropped.
-            tokens: of its next position, and of those behind its drafts.
+            items:   nothing of them has been noted; no step is in flight.
+            has_run: whether they have gone through the model.
         """
-        reached = [token for token in tokens if token is not NOT_REACHED]
-        appended: list[SampledToken] = []
-        reason: FinishReason | None = None
-        is_stop_token = False
-        for token in reached:
-            if token.error is not None:
-                break
-            if appended:  # so the draft in front of this token was right
-                self.scheduler.complete_tokens(sequence, 1)
-            sequence.append(token.token_id)
-            appended.append(token)
-            reason, is_stop_token = _end(sequence, is_last=token is reached[-1])
-            if reason is not None:
-                break
-        token_ids = tuple(token.token_id for token in appended)
+        if isinstance(error, torch.OutOfMemoryError):
+            error.__traceback__ = None  # its frames hold the step's activations
+            has_more = self.make_room()
+            torch.cuda.empty_cache()
+            if has_more and not has_run and items:
+                self._run(items, deltas)
+                return
+        if len(items) == 1 and not items[0][0].draft_token_ids:
+            if not isinstance(error, RequestError | AdapterError):
+                logger.error("A forward pass failed.", exc_info=error)
+            deltas.append(self._finish_failed(items[0][0], as_engine_error(error)))
+            return
+        logger.warning("A step failed (%r); repeating it one sequence at a time.", error)
+        for sequence, num_new_tokens in items:
+            num_drafts = len(sequence.draft_token_ids)  # they may be what is at fault
+            self.scheduler.drop_drafts(sequence)
+            self._run([(sequence, num_new_tokens - num_drafts)], deltas)
+            self._end_step(deltas)
+
+    def _end_step(self, deltas: list[RequestDelta]) -> None:
+        """Wait for the step in flight, where there is one, and take what it has brought."""
+        step, self._in_flight = self._in_flight, None
+        if step is None:
+            return
+        for sequence, _ in step.items:
+            sequence.num_pending_tokens = 0
+        living = [sequence for sequence, _ in step.items if not sequence.has_ended]
+        brought, error = attempt(lambda: step.wait(self._sampler))
+        if error is not None:  # nobody knows what the device has computed
+            logger.error("A step's results could not be read.", exc_info=error)
+            failure = as_engine_error(error)
+            deltas += [self._finish_failed(sequence, failure) for sequence in living]
+            return
+        assert brought is not None
+        for sequence in living:
+            self.blocks.commit(sequence)
+        for sequence, entries in brought.prompt_logprobs:
+            sequence.prompt_logprobs += entries
+        for sequence, own_rows in groupby(brought.tokens, key=itemgetter(0)):
+            if not sequence.has_ended:
+                deltas += self._advance(sequence, [token for _, token in own_rows])
+        for sequence, score in brought.scores:
+            if not sequence.has_ended:
+                deltas.append(self._finish(sequence, "stop", score=score))
+
+    def _advance(self, sequence: Sequence, tokens: list[SampledToken]) -> list[RequestDelta]:
+        """Append the tokens that a text comes to and say so, with the end where there is one; drop
+        its drafts."""
+        added = append_tokens(sequence, tokens)
+        self.blocks.commit(sequence)
         if sequence.draft_token_ids:
-            self.scheduler.settle_drafts(sequence, token_ids)
-        logprobs = None
-        if sequence.params.logprobs is not None:
-            logprobs = tuple(token.logprobs for token in appended if token.logprobs is not None)
-        if reason is not None:
-            stop_token_id = token_ids[-1] if is_stop_token else None
+            self.scheduler.settle_drafts(sequence, added.token_ids)
+        if added.reason is not None:
             final = self._finish(
                 sequence,
-                reason,
-                token_ids=token_ids,
-                logprobs=logprobs,
-                stop_token_id=stop_token_id,
+                added.reason,
+                token_ids=added.token_ids,
+                logprobs=added.logprobs,
+                stop_token_id=added.stop_token_id,
             )
             return [final]
-        deltas = [self._delta(sequence, token_ids, logprobs)] if appended else []
-        error = reached[-1].error
-        if error is not None:
-            deltas.append(self._finish_failed(sequence, error))
+        deltas = []
+        if added.token_ids:
+            deltas.append(make_delta(sequence, added.token_ids, added.logprobs))
+        if added.error is not None:
+            deltas.append(self._finish_failed(sequence, added.error))
         return deltas
 
     def _finish_failed(self, sequence: Sequence, error: EngineError) -> RequestDelta:
@@ -296,50 +352,17 @@ class Engine:
     ) -> RequestDelta:
         """The only way out: forget the sequence, free what it holds, return its final delta."""
         del self._sequences[sequence.request_id]
+        sequence.has_ended = True
         if is_queued and not self._compiling.remove(sequence):
             self.scheduler.remove(sequence)
         self.adapters.end_use(sequence.adapter)
-        return self._delta(
+        return make_delta(
             sequence,
             token_ids,
             logprobs,
             finish_reason=reason,
             stop_token_id=stop_token_id,
             score=score,
-            error=error.info() if error is not None else None,
-        )
-
-    def _delta(
-        self,
-        sequence: Sequence,
-        token_ids: tuple[int, ...],
-        logprobs: tuple[TokenLogprobs, ...] | None,
-        *,
-        finish_reason: FinishReason | None = None,
-        stop_token_id: int | None = None,
-        score: float | None = None,
-        error: ErrorInfo | None = None,
-    ) -> RequestDelta:
-        """A delta; the first of a sequence also tells how it got here."""
-        prompt_logprobs = None
-        num_cached_tokens, queued_s = 0, 0.0
-        if not sequence.has_sent_delta:
-            first_s = sequence.first_scheduled_s
-            queued_s = (time.perf_counter() if first_s is None else first_s) - sequence.arrival_s
-            num_cached_tokens = sequence.num_cached_tokens
-            if sequence.wants_prompt_logprobs and finish_reason not in ("error", "cancelled"):
-                prompt_logprobs = tuple(sequence.prompt_logprobs)
-            sequence.has_sent_delta = True
-        return RequestDelta(
-            request_id=sequence.request_id,
-            token_ids=token_ids,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            num_cached_tokens=num_cached_tokens,
-            queued_s=queued_s,
-            score=score,
-            finish_reason=finish_reason,
-            stop_token_id=stop_token_id,
             error=error,
         )
 
@@ -362,21 +385,3 @@ class Engine:
             num_draft_tokens=speculation.num_draft_tokens if speculation else 0,
             num_accepted_tokens=speculation.num_accepted_tokens if speculation else 0,
         )
-
-
-def _end(sequence: Sequence, *, is_last: bool) -> tuple[FinishReason | None, bool]:
-    """Why a text ends with the token just appended, if it does, and whether that is a stop token.
-
-    Args:
-        is_last: no other token of this step follows. The sampler has moved the grammar on by all of
-            them, and none stands behind its end.
-    """
-    num_output_tokens = len(sequence.output_token_ids)
-    is_stop_token = sequence.output_token_ids[-1] in sequence.stop_token_ids
-    if is_stop_token and num_output_tokens > sequence.params.min_tokens:
-        return "stop", True
-    if is_last and sequence.grammar is not None and sequence.grammar.is_finished():
-        return "stop", False
-    if num_output_tokens >= sequence.max_tokens:
-        return "length", False
-    return None, False

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from engine.transfers import to_device
 from kernels.linear import linear
 from kernels.lora import LoraSlice, add_lora
 
@@ -216,7 +217,7 @@ class LoraBatch:
             index = token_indices.to(self.lora_indices.device)
         else:
             positions = list(token_indices)
-            index = torch.tensor(positions, dtype=torch.int64, device=self.lora_indices.device)
+            index = to_device(torch.tensor(positions, dtype=torch.int64), self.lora_indices.device)
         rows = [self._rows[position] for position in positions]
         if all(row < 0 for row in rows):
             return None
@@ -243,7 +244,8 @@ class LoraBatch:
             positions = [
                 position for position, token_row in enumerate(self._rows) if token_row == row
             ]
-            tokens = torch.tensor(positions, dtype=torch.int64, device=self.lora_indices.device)
+            index = torch.tensor(positions, dtype=torch.int64)
+            tokens = to_device(index, self.lora_indices.device)
             self._tokens[row] = tokens
         return tokens
 

@@ -20,6 +20,7 @@ from engine.errors import AdapterError, EngineError, NotEnoughMemory
 from engine.lora import SCORE_HEAD, LoraBatch, LoraWeights, is_low_rank
 from engine.lora_loader import LoraLoader
 from engine.lora_rows import DeviceRows
+from engine.transfers import to_device
 
 if TYPE_CHECKING:
     from engine.model import CausalLM
@@ -107,8 +108,8 @@ class LoraPool:
         rows = [row if scale != 0.0 else -1 for row, scale in zip(rows, scales, strict=True)]
         if max(rows) < 0:
             return None
-        lora_indices = torch.tensor(rows, dtype=torch.int32).to(self._device, non_blocking=True)
-        lora_scales = torch.tensor(scales, dtype=torch.float32).to(self._device, non_blocking=True)
+        lora_indices = to_device(torch.tensor(rows, dtype=torch.int32), self._device)
+        lora_scales = to_device(torch.tensor(scales, dtype=torch.float32), self._device)
         return LoraBatch(
             self._rows.placed, self._rows.plans, self._widths, rows, lora_indices, lora_scales
         )
@@ -160,8 +161,12 @@ class LoraPool:
         loaded = self._loader.get(ref)
         return loaded is not None and loaded.packed.has_score_head
 
-    def score(self, row: int, hidden: torch.Tensor) -> float:
-        """The score head's answer for one token: hidden [hidden_size] after the final norm.
+    def score(self, row: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The score head's answer for one token, float32 [], on the device.
+
+        Args:
+            row: the adapter's.
+            hidden: [hidden_size], after the final norm.
 
         Raises:
             AdapterError: the adapter in that row has no score head.
@@ -173,7 +178,7 @@ class LoraPool:
             raise AdapterError(
                 f"Adapter {found.ref.name!r} has no score head; it cannot answer score requests."
             )
-        return float(torch.dot(module.dense[0], hidden.float()))
+        return torch.dot(module.dense[0], hidden.float())
 
     # What the server orders.
 

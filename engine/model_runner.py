@@ -8,12 +8,14 @@ from typing import Any, Protocol
 import torch
 
 from engine.api import GenerateRequest, SamplingParams, TokenLogprobs
-from engine.batch import Batch, make_batch
+from engine.batch import Batch, LastTokens, make_batch
 from engine.decode_graphs import DecodeGraphs
 from engine.errors import NotEnoughMemory
 from engine.kv_cache import KVCaches, allocate_kv_caches
 from engine.model_config import ModelSpec
 from engine.sequence import Sequence
+from engine.transfers import HostCopy, copy_to_host, to_device
+from kernels.sampling import top_logprobs
 
 PROMPT_LOGPROB_ROWS = 256
 """Prompt tokens whose logits exist at one time: float32 rows of the vocabulary are large."""
@@ -32,19 +34,39 @@ class LoraRows(Protocol):
 
     def batch(self, rows: list[int], scales: list[float]) -> Any: ...
 
-    def score(self, row: int, hidden: torch.Tensor) -> float: ...
+    def score(self, row: int, hidden: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """What a chunk of a prompt tells about it, on its way to the host."""
+
+    sequence: Sequence
+    is_from_the_start: bool
+    pieces: list[tuple[tuple[int, ...], HostCopy]]
+    """Tokens, and what launch_logprobs has said of them."""
+
+    def wait(self) -> list[TokenLogprobs | None]:
+        """One entry per token; the prompt's first has none."""
+        entries: list[TokenLogprobs | None] = [None] if self.is_from_the_start else []
+        for token_ids, copy in self.pieces:
+            entries += read_logprobs(token_ids, copy)
+        return entries
 
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step computed."""
+    """What a step computes. The device may not have come so far: only what has a wait is told to
+    the host."""
 
     logits: torch.Tensor  # float32 [num_rows, vocab_size]
     sampled: list[Sequence]
     """[num_rows]: the sequences that get a token; one with drafts has a row more for each."""
-    prompt_logprobs: list[tuple[Sequence, list[TokenLogprobs | None]]] = field(default_factory=list)
-    """The new entries of sequences that asked for them."""
-    scores: list[tuple[Sequence, float]] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    """Of the sequences that asked for them."""
+    scored: list[Sequence] = field(default_factory=list)
+    scores: HostCopy | None = None
+    """float32 [len(scored)]; None where there are none."""
 
 
 class ModelRunner:
@@ -68,25 +90,32 @@ class ModelRunner:
         self._graphs = graphs
 
     @torch.inference_mode()
-    def run(self, items: list[tuple[Sequence, int]]) -> StepResult:
-        """Run the scheduled tokens: writes their keys and values, changes no sequence.
+    def run(self, items: list[tuple[Sequence, int]], last: LastTokens | None = None) -> StepResult:
+        """Launch the scheduled tokens' pass through the model, waiting for nothing: writes their
+        keys and values, changes no sequence.
+
+        Args:
+            items: (sequence, num_new_tokens), drafts included.
+            last: what the step in flight chooses; tokens that the host does not know come from
+                there.
 
         Raises:
             AdapterError: a score request's adapter has no score head.
             RuntimeError: whatever the device says, out of memory among it.
         """
         if self._graphs is not None:
-            logits = self._graphs.run(items)
+            logits = self._graphs.run(items, last)
             if logits is not None:
-                sampled = [sequence for sequence, count in items for _ in range(count)]
-                return StepResult(logits=logits, sampled=sampled)
-        batch = make_batch(items, block_size=self.block_size, device=self.device)
+                owners = [sequence for sequence, count in items for _ in range(count)]
+                return StepResult(logits=logits, sampled=owners)
+        batch = make_batch(items, block_size=self.block_size, device=self.device, last=last)
         lora = self.lora_pool.batch(batch.lora_indices, batch.lora_scales)
         hidden = self.model(batch, self.kv_caches, lora)  # [num_tokens, hidden_size]
-        rows, sampled, scores = [], [], []
+        rows, sampled, scored, scores = [], [], [], []
         for row, sequence in zip(batch.logit_rows, batch.finishing, strict=True):
             if sequence.request.task == "score":
-                scores.append((sequence, self.lora_pool.score(sequence.lora_row, hidden[row])))
+                scored.append(sequence)
+                scores.append(self.lora_pool.score(sequence.lora_row, hidden[row]))
             else:
                 rows.append(row)
                 sampled.append(sequence)
@@ -94,7 +123,8 @@ class ModelRunner:
             logits=self._logits(hidden, lora, rows),
             sampled=sampled,
             prompt_logprobs=self._prompt_logprobs(items, hidden, lora),
-            scores=scores,
+            scored=scored,
+            scores=copy_to_host(torch.stack(scores)) if scores else None,
         )
 
     def prepare_next(self) -> None:
@@ -108,65 +138,59 @@ class ModelRunner:
             return torch.empty(0, 0)
         if len(rows) == len(hidden):
             return self.model.logits(hidden, lora)
-        index = torch.tensor(rows, dtype=torch.int64).to(self.device, non_blocking=True)
+        index = to_device(torch.tensor(rows, dtype=torch.int64), self.device)
         return self.model.logits(hidden[index], lora.select(rows) if lora is not None else None)
 
     def _prompt_logprobs(
         self, items: list[tuple[Sequence, int]], hidden: torch.Tensor, lora: Any
-    ) -> list[tuple[Sequence, list[TokenLogprobs | None]]]:
+    ) -> list[PromptLogprobs]:
         found = []
         first_row = 0
         for sequence, num_new_tokens in items:
             if sequence.wants_prompt_logprobs:
-                found.append(
-                    (sequence, self._entries(sequence, num_new_tokens, hidden, lora, first_row))
-                )
+                found.append(self._chunk(sequence, num_new_tokens, hidden, lora, first_row))
             first_row += num_new_tokens
         return found
 
-    def _entries(
+    def _chunk(
         self,
         sequence: Sequence,
         num_new_tokens: int,
         hidden: torch.Tensor,
         lora: Any,
         first_row: int,
-    ) -> list[TokenLogprobs | None]:
-        """Each row tells about the token after it; the prompt's first token has no entry."""
+    ) -> PromptLogprobs:
+        """Each row tells about the token after it."""
         start = sequence.num_computed_tokens
         targets = sequence.prompt_token_ids[start + 1 : start + num_new_tokens + 1]
         num_top = sequence.params.prompt_logprobs or 0
-        entries: list[TokenLogprobs | None] = [None] if start == 0 else []
+        pieces = []
         for offset in range(0, len(targets), PROMPT_LOGPROB_ROWS):
             piece = targets[offset : offset + PROMPT_LOGPROB_ROWS]
             rows = list(range(first_row + offset, first_row + offset + len(piece)))
-            entries += token_logprobs(self._logits(hidden, lora, rows), piece, num_top)
-        return entries
+            copy = launch_logprobs(self._logits(hidden, lora, rows), piece, num_top)
+            pieces.append((piece, copy))
+        return PromptLogprobs(sequence, start == 0, pieces)
 
 
-def token_logprobs(
-    logits: torch.Tensor, token_ids: tuple[int, ...], num_top: int
-) -> list[TokenLogprobs]:
-    """Log-probabilities of given tokens and of the most likely ones.
+def launch_logprobs(logits: torch.Tensor, token_ids: tuple[int, ...], num_top: int) -> HostCopy:
+    """Log-probabilities of given tokens and of the most likely ones, for read_logprobs.
 
     Args:
         logits: float32 [n, vocab_size].
         token_ids: n tokens, one per row.
         num_top: how many of the most likely tokens to report.
     """
-    logprobs = logits.log_softmax(dim=-1)
-    index = torch.tensor(token_ids, dtype=torch.int64, device=logits.device)
-    chosen = logprobs.gather(1, index[:, None]).squeeze(1).tolist()
-    if num_top == 0:
-        return [TokenLogprobs(t, value) for t, value in zip(token_ids, chosen, strict=True)]
-    values, ids = logprobs.topk(min(num_top, logits.shape[1]), dim=-1)
-    tops = [
-        tuple(zip(row_ids, row_values, strict=True))
-        for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True)
-    ]
+    index = to_device(torch.tensor(token_ids, dtype=torch.int64), logits.device)
+    return copy_to_host(*top_logprobs(logits, index, num_top))
+
+
+def read_logprobs(token_ids: tuple[int, ...], copy: HostCopy) -> list[TokenLogprobs]:
+    """What launch_logprobs has said of these tokens."""
+    chosen, values, ids = (x.tolist() for x in copy.wait())
     return [
-        TokenLogprobs(token_id, value, top)
-        for token_id, value, top in zip(token_ids, chosen, tops, strict=True)
+        TokenLogprobs(token_id, own, tuple(zip(top_ids, top_values, strict=True)))
+        for token_id, own, top_ids, top_values in zip(token_ids, chosen, ids, values, strict=True)
     ]
 
 
@@ -212,7 +236,8 @@ def measure_activation_bytes(
         batch = make_batch(items, block_size=block_size, device=device)
         hidden = model(batch, kv_caches, None)
         logits = model.logits(hidden[: max(num_seqs, PROMPT_LOGPROB_ROWS)], None)
-        # The sampler holds a probability, a sorted copy and an index beside each logit.
+        # The sampler holds up to four numbers beside each logit: a probability, a sorted copy and
+        # an index of 8 bytes; or, at once, a logit as scaled, a weight, and two counts of 2 bytes.
         sampling_bytes = 4 * logits.nbytes
         torch.cuda.synchronize(device)
         peak_bytes = torch.cuda.max_memory_allocated(device)

@@ -98,6 +98,8 @@ class Scheduler:
     def schedule(self, group: Group = "all", max_num_tokens: int | None = None) -> Schedule:
         """Choose the next step's tokens. Blocks for all of them are allocated when this returns.
 
+        The step before may still be in flight, where the group is all and there is room.
+
         Args:
             group:          whose.
             max_num_tokens: how many at most; None: max_num_batched_tokens.
@@ -140,18 +142,14 @@ class Scheduler:
             self._place_drafts(self.speculation, schedule, budget)
         return schedule
 
-    def complete(self, items: list[tuple[Sequence, int]]) -> None:
-        """Note that these tokens have been computed; call it before new tokens are appended.
-
-        Of their drafts nothing is known yet: the engine tells of each once it is one of the tokens.
-        """
-        for sequence, num_new_tokens in items:
-            self.complete_tokens(sequence, num_new_tokens - len(sequence.draft_token_ids))
-
-    def complete_tokens(self, sequence: Sequence, num_tokens: int) -> None:
-        """The next so many tokens of a sequence have their keys and values in the cache."""
-        sequence.num_computed_tokens += num_tokens
-        self.blocks.commit(sequence)
+    def has_room(self) -> bool:
+        """Whether all that run can go on by a token and none of them would be preempted."""
+        num_missing = sum(
+            self.blocks.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
+            for sequence in self.running
+            if sequence.num_missing_tokens == 1 and not sequence.is_at_its_end
+        )
+        return num_missing <= self.blocks.num_available
 
     def settle_drafts(self, sequence: Sequence, token_ids: tuple[int, ...]) -> None:
         """The step is over and has brought these tokens: note which drafts they are, forget all."""
@@ -177,7 +175,10 @@ class Scheduler:
         for sequence in self.running:
             capacity = len(sequence.block_table) * self.blocks.block_size
             assert sequence.num_computed_tokens <= capacity, "computed tokens without a block"
-            assert sequence.num_missing_tokens >= 1, "a running sequence has nothing to do"
+            is_scored = sequence.request.task == "score" and not sequence.num_missing_tokens
+            assert is_scored or sequence.num_missing_tokens >= 1, (
+                "a running sequence has nothing to do"
+            )
             assert not sequence.draft_token_ids, "drafts outlive their step"
             needed = self.blocks.num_blocks_for(sequence.num_tokens)
             assert len(sequence.block_table) <= needed, "a block that no token needs"
@@ -199,6 +200,8 @@ class Scheduler:
             index += 1
             if sequence.num_missing_tokens != 1 or not _is_of(group, sequence):
                 continue  # a prompt has had its blocks since its admission
+            if sequence.is_at_its_end:
+                continue
             while not self.blocks.extend(sequence):
                 victim = self.running[-1]  # sorted: the lowest priority, the newest
                 self._preempt(victim)
@@ -277,6 +280,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        assert not sequence.num_pending_tokens, "its next token is in flight"
         self._stop(sequence)
         sequence.forget_computed()
         self.waiting.add(sequence)

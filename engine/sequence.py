@@ -40,7 +40,11 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     """Prompt and output."""
     output_token_ids: list[int] = field(default_factory=list)
+    num_pending_tokens: int = 0
+    """1 while a step that chooses the next token is in flight: it counts, and only the device knows
+    it; see engine/in_flight.py."""
     num_computed_tokens: int = 0
+    """With those that a step in flight computes."""
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained hash of each full block of token_ids; stays valid, because tokens only grow."""
@@ -62,6 +66,8 @@ class Sequence:
     """Prompt tokens found in the prefix cache when the sequence was first scheduled."""
     first_scheduled_s: float | None = None
     has_sent_delta: bool = False
+    has_ended: bool = False
+    """Its final delta has been made; what a step in flight brings for it is thrown away."""
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     """One entry per computed prompt token, where the request asked for them."""
 
@@ -107,12 +113,23 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        return len(self.token_ids) + self.num_pending_tokens
 
     @property
     def num_missing_tokens(self) -> int:
         """Tokens whose keys and values are not in the cache yet; 1 while decoding."""
-        return len(self.token_ids) - self.num_computed_tokens
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def has_output(self) -> bool:
+        """Whether a token has been generated, be it in flight."""
+        return self.num_tokens > self.num_prompt_tokens
+
+    @property
+    def is_at_its_end(self) -> bool:
+        """Whether the token in flight is the last one that it may have."""
+        num_tokens = len(self.output_token_ids) + self.num_pending_tokens
+        return self.num_pending_tokens > 0 and num_tokens >= self.max_tokens
 
     @property
     def order(self) -> tuple[int, int]:

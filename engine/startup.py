@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from engine.api import AdapterRef, EngineInfo, TrainingJob
+from engine.api import AdapterRef, EngineInfo, RecordingProgress, TrainingJob
 from engine.config import EngineConfig, ModelConfig
 from engine.cuda_graphs import CudaGraphBackend
 from engine.decode_graphs import DecodeGraphs
@@ -47,9 +47,20 @@ Progress = Callable[[str, int, int], None]
 
 
 def create_engine(
-    config: EngineConfig, folder: Path, load_adapter: LoadAdapterFiles, progress: Progress
+    config: EngineConfig,
+    folder: Path,
+    load_adapter: LoadAdapterFiles,
+    progress: Progress,
+    report_recording: Callable[[RecordingProgress], None] = lambda _: None,
 ) -> tuple[Engine, EngineInfo]:
     """Load the model, size the KV cache and put the engine together.
+
+    Args:
+        config:           all flags.
+        folder:           of the base model.
+        load_adapter:     reads an adapter.
+        progress:         told how far loading is.
+        report_recording: told, later on, when a decode step is being recorded.
 
     Raises:
         CheckpointError: the model's folder cannot be loaded.
@@ -97,11 +108,15 @@ def create_engine(
             max_num_blocks=-(-max_model_len // block_size),
             device=device,
             budget_bytes=reserves["graphs"],
+            report=report_recording,
         )
+    sampler = Sampler()
+    if device.type != "cpu":
+        sampler.warm_up(spec.vocab_size, device)
     engine = Engine(
         config,
         ModelRunner(model, kv_caches, pool, block_size=block_size, device=device, graphs=graphs),
-        Sampler(),
+        sampler,
         GrammarCompiler(config.model.tokenizer or folder, spec.vocab_size, spec.eos_token_ids),
         pool,
         num_blocks=num_blocks,

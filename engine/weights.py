@@ -8,6 +8,7 @@ loaded model and the largest single tensor.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ import torch
 
 from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig
+from engine.embedding import can_stay
 from engine.errors import CheckpointError
 from engine.fingerprint import Fingerprint
-from engine.head import check_head, extra_head_bytes
+from engine.head import HeadDtype, check_head, extra_head_bytes
 from engine.json_fields import read_json_object
 from engine.memory import (
     available_device_bytes,
@@ -33,8 +35,9 @@ from engine.model_config import DTYPES, ModelSpec, declared_dtype
 from engine.quantize import checkpoint_dtype, read_tensors, stored_quantization
 from engine.quantized_cache import CacheWriter, cached_folder, default_cache_dir, open_cached
 from engine.quantized_folder import QuantSettings
-from engine.tensor_plan import TensorPlan, plan_tensors
+from engine.tensor_plan import EMBEDDING, TensorPlan, plan_tensors
 from kernels.nf4 import QuantizedWeight, dequantize_4bit
+from kernels.nf4_linear import has_int8_activations, takes_int8_activations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +66,8 @@ def load_model(
     """Load a Hugging Face model folder.
 
     Args:
-        config: dtype, quantization, lm_head_dtype and quantized_cache_dir are used here.
+        config: dtype, quantization, cpu_activations, lm_head_dtype and quantized_cache_dir are
+            used here.
         folder: with config.json and safetensors files.
         device: where the model is to run.
         progress: called as (stage, bytes done, bytes in total).
@@ -89,6 +93,8 @@ def load_model(
         quantization = _choose_quantization(config.quantization, plan, folder)
         stored_dtype = declared_dtype(raw_config) or checkpoint_dtype(checkpoint, plan)
         dtype = _choose_dtype(config.dtype, stored_dtype, device, notes)
+        if config.cpu_activations == "int8":
+            _check_int8_activations(quantization, device)
         settings = None
         if quantization != "none" and not plan.quantized:
             settings = QuantSettings(quant_type=quantization)  # type: ignore[arg-type]
@@ -109,6 +115,9 @@ def load_model(
             config.lm_head_dtype, {name: w.quant_type for name, w in plan.quantized.items()}
         )
         weights_bytes += extra_head_bytes(plan.spec, dtype, head_dtype)
+        table = _table_to_leave(checkpoint, plan, head_dtype, device)
+        if table is not None:
+            weights_bytes -= math.prod(plan.spec.embedding_shape) * dtype.itemsize
         _check_memory(folder, checkpoint, plan, quantization, weights_bytes, device)
         writer = None
         if settings is not None and cache is not None:
@@ -118,17 +127,26 @@ def load_model(
         model = CausalLM(dataclasses.replace(plan.spec, dtype=dtype), device=device, dtype=dtype)
         fingerprint = Fingerprint()
         stage = "Loading weights" if settings is None else f"Quantising to {quantization.upper()}"
+        takes_int8: list[bool] = []
         for name, value in read_tensors(checkpoint, plan, settings, stage=stage, progress=progress):
             fingerprint.add(name, value)
             if writer is not None:
                 writer.add(name, value)
             if isinstance(value, QuantizedWeight) and quantization == "none":
                 value = dequantize_4bit(value, dtype)
-            model.set_tensor(name, value)
+            elif isinstance(value, QuantizedWeight) and config.cpu_activations == "int8":
+                takes_int8.append(takes_int8_activations(value))
+                value = dataclasses.replace(value, int8_activations=takes_int8[-1])
+            if name == EMBEDDING and table is not None:
+                model.embed_tokens = checkpoint.table(table, dtype)
+            else:
+                model.set_tensor(name, value)
             del value
         model.finish(head_dtype)
         if head_dtype != "auto":
             notes.append(f"The output head is held in {head_dtype} (--lm-head-dtype).")
+        if takes_int8:
+            notes.append(_int8_activations_note(takes_int8))
         if writer is not None:
             writer.finish()
     return_freed_memory()
@@ -176,6 +194,47 @@ def _choose_dtype(
         )
         return torch.bfloat16
     return stored
+
+
+def _table_to_leave(
+    checkpoint: Checkpoint, plan: TensorPlan, head_dtype: HeadDtype, device: torch.device
+) -> str | None:
+    """The embedding's name in the checkpoint, if its rows shall be read from there.
+
+    A step reads the whole of a head, so one that is the embedding has to be in memory.
+    """
+    source = plan.sources[EMBEDDING]
+    assert isinstance(source, str), "an embedding is dense"
+    is_head = plan.spec.tie_word_embeddings and head_dtype == "auto"
+    stays = device.type == "cpu" and not is_head and can_stay(checkpoint.tensors[source])
+    return source if stays else None
+
+
+def _check_int8_activations(quantization: str, device: torch.device) -> None:
+    """Raises CheckpointError where --cpu-activations int8 would have no effect."""
+    problem = None
+    if device.type != "cpu":
+        problem = "the model runs on a GPU, whose kernels multiply 16-bit activations"
+    elif quantization == "none":
+        problem = "only 4-bit weights are multiplied so, and --quantization none has none"
+    elif not has_int8_activations():
+        problem = (
+            "this processor has no AVX-512 VNNI and BF16, or the native kernels are off (the log "
+            "says why)"
+        )
+    if problem is not None:
+        raise CheckpointError(f"--cpu-activations int8: {problem}. Leave the flag out.")
+
+
+def _int8_activations_note(takes: list[bool]) -> str:
+    """What --cpu-activations int8 comes to; raises CheckpointError where it is nothing."""
+    if not any(takes):
+        raise CheckpointError(
+            "--cpu-activations int8: no weight of this model has rows of whole groups of 64. Leave "
+            "the flag out."
+        )
+    which = "all" if all(takes) else f"{sum(takes)} of {len(takes)}"
+    return f"Activations are rounded to 8 bits for {which} 4-bit weights (--cpu-activations int8)."
 
 
 def _check_memory(

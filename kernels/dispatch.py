@@ -59,6 +59,13 @@ def dispatch(operation: str, reference: Callable[..., Result], *args: Any) -> Re
     return reference(*args)
 
 
+def accepts(operation: str, *args: Any) -> bool:
+    """Whether anything but the reference would run for these arguments."""
+    _register_all()
+    implementations = _implementations.get(operation, ())
+    return not reference_only() and any(i.accepts(*args) for i in implementations)
+
+
 def _register_all() -> None:
     """Let those that bring faster implementations register them, at the first call of any.
 

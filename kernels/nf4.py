@@ -52,6 +52,8 @@ class QuantizedWeight:
     group_size: int = 64
     layout: Layout = "stock"
     """The order of packed's bytes: the checkpoint's, or what a kernel likes better."""
+    int8_activations: bool = False
+    """Whether what is multiplied with the weight is rounded to 8 bits, for speed."""
 
     def __post_init__(self) -> None:
         codebook(self.quant_type)
@@ -97,6 +99,7 @@ class QuantizedWeight:
             nested_absmax=nested_absmax, nested_offset=nested_offset,
             shape=self.shape, dtype=self.dtype,
             quant_type=self.quant_type, group_size=self.group_size, layout=self.layout,
+            int8_activations=self.int8_activations,
         )  # fmt: skip
 
     def in_layout(self, layout: Layout) -> QuantizedWeight:

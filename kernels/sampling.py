@@ -49,7 +49,7 @@ def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     Returns:
         float64 [n], multiples of 2**-53.
     """
-    state = _mix(seeds + _GOLDEN_GAMMA) + (positions + 1) * _GOLDEN_GAMMA
+    state = _mix(seeds + GOLDEN_GAMMA) + (positions + 1) * GOLDEN_GAMMA
     return _shift_right(_mix(state), 11).to(torch.float64) * 2.0**-53
 
 
@@ -57,15 +57,15 @@ def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-_GOLDEN_GAMMA = _signed(0x9E3779B97F4A7C15)
-_MIX_1 = _signed(0xBF58476D1CE4E5B9)
-_MIX_2 = _signed(0x94D049BB133111EB)
+GOLDEN_GAMMA = _signed(0x9E3779B97F4A7C15)
+MIX_1 = _signed(0xBF58476D1CE4E5B9)
+MIX_2 = _signed(0x94D049BB133111EB)
 
 
 def _mix(x: Tensor) -> Tensor:
     """SplitMix64's finaliser; int64 products wrap around, which is the arithmetic it wants."""
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    x = (x ^ _shift_right(x, 30)) * MIX_1
+    x = (x ^ _shift_right(x, 27)) * MIX_2
     return x ^ _shift_right(x, 31)
 
 

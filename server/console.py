@@ -1,22 +1,26 @@
-"""What the operator sees while the server starts: a bar per stage, then where everything is."""
+"""What the operator sees: a bar per stage of the start, then where everything is; later on a bar
+while decode steps are recorded."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import shlex
+import shutil
 import sys
 from typing import Any
 
 from tqdm import tqdm
 
-from engine.api import EngineInfo, LoadProgress
+from engine.api import EngineInfo, LoadProgress, RecordingProgress
 from engine.memory import format_bytes
 from server.chat_template import choose_template
 from server.engine_client import EngineClient
 from server.state import ServerState
 
 PROGRESS_INTERVAL_S = 0.05
+BAR_COLUMNS = 60
+"""Of the bar between log lines: shorter than they are."""
 
 
 async def show_progress(engine: EngineClient) -> None:
@@ -44,6 +48,25 @@ async def show_progress(engine: EngineClient) -> None:
         show()
         if bar is not None:
             bar.close()
+
+
+def show_recording(progress: RecordingProgress) -> None:
+    """A bar while a decode step is being recorded, where a person looks on.
+
+    Afterwards it is wiped off: the worker's log says what was recorded. The cursor waits at the
+    line's beginning, so that a log line, whichever process writes it, takes the bar's place.
+    """
+    if not sys.stderr.isatty():
+        return
+    columns = min(BAR_COLUMNS, shutil.get_terminal_size().columns - 1)
+    shown = ""
+    if progress.is_recording:
+        shown = tqdm.format_meter(
+            progress.num_recorded, progress.num_sizes, 0, ncols=columns,
+            prefix="recording decode steps", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}",
+        )  # fmt: skip
+    sys.stderr.write(f"\r{shown:<{columns}}\r")
+    sys.stderr.flush()
 
 
 def announce(info: EngineInfo, state: ServerState, url: str, seconds: float) -> None:

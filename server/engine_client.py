@@ -30,6 +30,7 @@ from engine.api import (
     GenerateRequest,
     LoadAdapter,
     LoadProgress,
+    RecordingProgress,
     RequestDelta,
     StartTraining,
     StepOutput,
@@ -94,6 +95,8 @@ class EngineClient:
         """Called with what a training job has to say. When the worker dies that is a TrainingEnded,
         failed with code "engine_restarting": started again, in on_restart or later, the job goes on
         from its last checkpoint."""
+        self.on_recording: Callable[[RecordingProgress], None] | None = None
+        """Called when the worker begins or ends to record a decode step."""
         self._worker: WorkerProcess | None = None
         self._ready: asyncio.Future[EngineInfo] | None = None
         self._requests: dict[str, asyncio.Queue[RequestDelta]] = {}
@@ -270,6 +273,9 @@ class EngineClient:
             self._deliver_training_event(message)
         elif isinstance(message, LoadProgress):
             self.progress = message
+        elif isinstance(message, RecordingProgress):
+            if self.on_recording is not None:
+                self.on_recording(message)
         elif isinstance(message, EngineInfo):
             if self._ready is not None and not self._ready.done():
                 self._ready.set_result(message)

@@ -150,12 +150,17 @@ class EngineRollouts:
         """Whether clients have requests while we have some."""
         return 0 < len(self._open) < self._engine.num_requests
 
-    def step(self) -> StepOutput:
+    def step(self, *, may_run_ahead: bool = True) -> StepOutput:
         """The next step of the engine: of the clients' tokens alone where there are any. Returns
-        what is for the clients."""
+        what is for the clients.
+
+        Args:
+            may_run_ahead: whether the device may still run it when this returns.
+        """
         if self.are_beside_clients:
             return self._take(self._engine.step("clients"))
-        return self._take(self._engine.step("all", STEP_TOKENS if self._open else None))
+        max_num_tokens = STEP_TOKENS if self._open else None
+        return self._take(self._engine.step("all", max_num_tokens, may_run_ahead=may_run_ahead))
 
     def own_step(self, max_num_tokens: int) -> StepOutput:
         """A step of our tokens alone, so many at most; it may bring something for a client."""

@@ -146,8 +146,9 @@ class JobRunner:
 
     def step(self) -> StepOutput:
         """The engine's next step, and what it brings for the clients. The trainer's own requests
-        take part where no client has any; else advance() runs them."""
-        return self._rollouts.step()
+        take part where no client has any; else advance() runs them. While a job runs no step is in
+        flight when slices begin: what those take is measured."""
+        return self._rollouts.step(may_run_ahead=not self.is_running)
 
     def make_room(self) -> bool:
         """Have the trainer give up the micro-batch that it is in the middle of, for a step that

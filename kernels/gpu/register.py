@@ -50,6 +50,7 @@ def _candidates() -> list[tuple[str, Implementation, Callable[..., str | None]]]
     """(operation, implementation, self-test), the fastest of an operation first."""
     from kernels.gpu import (
         attention,
+        choice,
         codec,
         decode,
         dense,
@@ -61,6 +62,7 @@ def _candidates() -> list[tuple[str, Implementation, Callable[..., str | None]]]
         rows_backward,
         sampling,
         selftest,
+        selftest_choice,
         selftest_training,
     )
     from kernels.gpu import selftest_layers as layers
@@ -119,5 +121,8 @@ def _candidates() -> list[tuple[str, Implementation, Callable[..., str | None]]]
         entry(
             "apply_bitmask", "triton", sampling.apply_bitmask, sampling.accepts_bitmask,
             layers.bitmask,
+        ),
+        entry(
+            "choose_tokens", "triton", choice.run, choice.accepts, selftest_choice.choose_tokens
         ),
     ]  # fmt: skip

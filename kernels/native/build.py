@@ -33,7 +33,7 @@ AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 SETS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
-        "avx512_bf16": (*AVX512, "-mavx512bf16", "-mavx512vbmi"),
+        "avx512_bf16": (*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vnni"),
         "avx512": AVX512,
         "avx2": AVX2,
         "portable": (),

@@ -28,6 +28,7 @@ _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 SIGNATURES = {
     "choose": (ctypes.c_char_p, _P),
     "set_num_threads": (_I,),
+    "free_scratch": (),
     "relayout": (_P, _P, _L, _L, _I),
     "linear": (_I, _P, _I, _P, _L, _P, _L),
     "dequantize": (_I, _P, _P),
@@ -61,6 +62,7 @@ class Matrix(ctypes.Structure):
         ("out_features", ctypes.c_int32),
         ("in_features", ctypes.c_int32),
         ("group_size", ctypes.c_int32),
+        ("int8_activations", ctypes.c_int32),
     )
 
 
@@ -160,6 +162,7 @@ def quantized_matrix(weight: QuantizedWeight, bias: Tensor | None) -> Matrix:
         0.0 if weight.nested_offset is None else float(weight.nested_offset),
         *weight.shape,
         weight.group_size,
+        weight.int8_activations,
     )
 
 
@@ -191,7 +194,7 @@ def load(instruction_set: str) -> ctypes.CDLL:
     for name, arguments in SIGNATURES.items():
         function = getattr(library, f"herd_{name}")
         function.argtypes, function.restype = arguments, None
-    library.herd_choose.restype = ctypes.c_int
+    library.herd_choose.restype = library.herd_has_int8_activations.restype = ctypes.c_int
     sets = library.herd_instruction_sets().decode().split()
     chosen = sets[0] if instruction_set == "auto" else instruction_set
     if not library.herd_choose(chosen.encode(), DYNAMIC_MAP.data_ptr()):

@@ -87,7 +87,24 @@ class NativeOperations:
 
     def accepts_nf4_linear(self, x: Tensor, weights: Sequence[QuantizedWeight], *_: object) -> bool:
         """Whether nf4_linear can run."""
-        return x.dtype in DTYPES and all(weight.layout == "interleaved" for weight in weights)
+        return (
+            x.dtype in DTYPES
+            and all(weight.layout == "interleaved" for weight in weights)
+            and self._knows_activations(weights)
+        )
+
+    def _knows_activations(self, weights: Sequence[QuantizedWeight]) -> bool:
+        """Whether x can be rounded as the weights say: all the same, as it is done once."""
+        kinds = {weight.int8_activations for weight in weights}
+        return kinds <= {False} or (kinds == {True} and self.has_int8_activations())
+
+    def accepts_has_int8_activations(self) -> bool:
+        """Whether has_int8_activations can run."""
+        return True
+
+    def has_int8_activations(self) -> bool:
+        """kernels/nf4_linear.py's has_int8_activations."""
+        return bool(self._library.herd_has_int8_activations())
 
     def nf4_linear(
         self, x: Tensor, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]
@@ -277,11 +294,23 @@ class NativeOperations:
 
     def accepts_prepare_decoder(self, weights: DecoderWeights) -> bool:
         """Whether all layers can run in one call."""
-        return NativeDecoder.accepts_weights(weights)
+        projections = (slices for layer in weights.layers for slices in layer.projections)
+        return NativeDecoder.accepts_weights(weights) and all(
+            self._knows_activations([w for w, _ in slices if isinstance(w, QuantizedWeight)])
+            for slices in projections
+        )
 
     def prepare_decoder(self, weights: DecoderWeights) -> NativeDecoder:
         """kernels/decoder.py's prepare_decoder."""
         return NativeDecoder(self._library, weights)
+
+    def accepts_free_scratch(self) -> bool:
+        """Whether free_scratch can run."""
+        return True
+
+    def free_scratch(self) -> None:
+        """kernels/scratch.py's free_scratch."""
+        self._library.herd_free_scratch()
 
     # Adapters.
 

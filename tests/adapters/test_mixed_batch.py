@@ -120,7 +120,7 @@ def test_score_head_gives_transformers_reward(base, peft_adapter, make_pool):
         del base.model.logits
     with torch.inference_mode():
         expected = oracle(torch.tensor([prompt])).logits.item()
-    assert pool.score(row, hidden[0][-1]) == pytest.approx(expected, abs=1e-4)
+    assert pool.score(row, hidden[0][-1]).item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_an_adapter_without_score_head_refuses_to_score(mixed):

@@ -11,21 +11,29 @@ from __future__ import annotations
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from engine.api import AdapterRef, GenerateRequest, RequestDelta, SamplingParams
+from engine.api import (
+    AdapterRef,
+    GenerateRequest,
+    RecordingProgress,
+    RequestDelta,
+    SamplingParams,
+)
 from engine.config import CacheConfig, EngineConfig, LoraConfig, SchedulerConfig
 from engine.decode_graphs import DecodeGraphs, GraphBackend
 from engine.engine import Engine
 from engine.errors import AdapterError
-from engine.model_runner import ModelRunner
+from engine.model_runner import Model, ModelRunner
 from engine.sampler import Sampler
 
 VOCAB_SIZE = 64
 EOS = 2
 MODULUS = 2**31 - 1
 UNWRITTEN = -1
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,8 @@ class HistoryModel:
             raise torch.AcceleratorError("the device is lost")
         if self.fail_on_token is not None and self.fail_on_token in batch.input_ids.tolist():
             raise RuntimeError("a kernel failed")
+        ids = batch.input_ids
+        assert ((ids >= 0) & (ids < VOCAB_SIZE)).all(), "a GPU would be lost over such a token"
         cache = kv_caches[0][0]
         block_size = cache.shape[1]
         flat = cache.view(-1)
@@ -192,11 +202,11 @@ class FakePool:
             return None
         return FakeStaticLoraBatch(self, lora_indices, lora_scales)
 
-    def score(self, row: int, hidden: torch.Tensor) -> float:
+    def score(self, row: int, hidden: torch.Tensor) -> torch.Tensor:
         assert self.rows[row] is not None
         if "reward" not in self.rows[row].name:
             raise AdapterError("no score head")
-        return float(hidden[0])
+        return hidden[0]
 
     def check_integrity(self) -> None:
         assert all(ref in self.rows for ref, count in self.users.items() if count)
@@ -244,19 +254,24 @@ class FakeEngine:
         load_steps: int = 0,
         broken: tuple[str, ...] = (),
         speculative_config: str | None = None,
+        async_scheduling: Literal["auto", "on", "off"] = "auto",
         graph_backend: GraphBackend | None = None,
         graph_sizes: tuple[int, ...] = (1, 2, 4, 8),
+        model: Model | None = None,
+        device: torch.device = CPU,
     ) -> None:
+        self.recordings: list[RecordingProgress] = []
         config = EngineConfig(
             cache=CacheConfig(block_size=block_size, enable_prefix_caching=enable_prefix_caching),
             scheduler=SchedulerConfig(
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
                 speculative_config=speculative_config,
+                async_scheduling=async_scheduling,
             ),
             lora=LoraConfig(max_loras=num_rows),
         )
-        self.model = HistoryModel()
+        self.model = HistoryModel() if model is None else model
         self.pool = FakePool(num_rows, load_steps, broken)
         self.compiler = ManualCompiler()
         shape = (num_blocks, block_size, 1, 1)
@@ -271,14 +286,15 @@ class FakeEngine:
                 sizes=graph_sizes,
                 block_size=block_size,
                 max_num_blocks=-(-max_model_len // block_size),
-                device=torch.device("cpu"),
+                device=device,
+                report=self.recordings.append,
             )
         runner = ModelRunner(
             self.model,
             [(cache, cache)],
             self.pool,
             block_size=block_size,
-            device=torch.device("cpu"),
+            device=device,
             graphs=self.graphs,
         )
         self.engine = Engine(
@@ -308,8 +324,8 @@ class FakeEngine:
         )
         self.engine.add(request)
 
-    def step(self):
-        output = self.engine.step()
+    def step(self, *args, **options):
+        output = self.engine.step(*args, **options)
         self.engine.check_integrity()
         self.stats = output.stats
         self.replies += [reply.command_id for reply in self.engine.adapters.take_replies()]

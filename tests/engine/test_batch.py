@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from engine.api import GenerateRequest, SamplingParams
-from engine.batch import make_batch
+from engine.batch import LastTokens, make_batch
 from engine.sequence import Sequence
 
 CPU = torch.device("cpu")
@@ -60,3 +61,22 @@ def test_making_a_batch_changes_no_sequence():
     before = (list(sequence.token_ids), sequence.num_computed_tokens, list(sequence.block_table))
     make_batch([(sequence, 2)], block_size=4, device=CPU)
     assert before == (sequence.token_ids, sequence.num_computed_tokens, sequence.block_table)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0], [1], [0, 1]])
+def test_tokens_that_the_device_alone_knows_are_put_in_their_places_there(order):
+    sequences = [make_sequence([5, 6, 7], 3, [number]) for number in range(3)]
+    last = LastTokens(torch.tensor([40, -2, 42]), {s: row for row, s in enumerate(sequences)})
+    for sequence in sequences:
+        sequence.num_pending_tokens = 1
+    prompt = make_sequence([1, 2, 3], 0, [9])
+    for items in (
+        [(sequences[i], 1) for i in order],
+        [(prompt, 2), *((sequences[i], 1) for i in order)],
+    ):
+        batch = make_batch(items, block_size=4, device=CPU, last=last)
+        known = [1, 2] if items[0][0] is prompt else []
+        # A row without a token runs on with one that the model knows.
+        assert batch.input_ids.tolist() == known + [(40, 0, 42)[i] for i in order]
+        assert batch.positions.tolist() == [*range(len(known)), *[3] * len(order)]
+        assert batch.finishing == [sequences[i] for i in order]

@@ -147,6 +147,22 @@ def test_a_backend_that_cannot_record_is_asked_once_and_harms_nobody(caplog):
     assert caplog.text.count("not permitted") == 1
 
 
+def test_each_recording_is_told_of_before_and_after_with_how_many_there_are():
+    _, fake, _ = both(num_blocks=256)
+    for number in range(2):
+        fake.add(f"r{number}", [number, *PROMPT], max_tokens=20 + 15 * number)
+    fake.run()
+    told = [(p.num_recorded, p.num_sizes, p.is_recording) for p in fake.recordings]
+    assert told == [(0, 4, True), (1, 4, False), (1, 4, True), (2, 4, False)]
+
+
+def test_a_recording_that_fails_is_over_too_and_counts_for_nothing():
+    fake = FakeEngine(graph_backend=Recorder(error=RuntimeError("not permitted")))
+    fake.add("a", PROMPT, max_tokens=40)
+    fake.run()
+    assert [(p.num_recorded, p.is_recording) for p in fake.recordings] == [(0, True), (0, False)]
+
+
 def test_a_device_that_is_lost_while_recording_is_not_survived():
     fake = FakeEngine(graph_backend=Recorder(error=torch.AcceleratorError("lost")))
     fake.add("a", PROMPT, max_tokens=40)

@@ -425,24 +425,44 @@ def test_a_panic_in_a_native_library_ends_the_request_that_met_it_and_no_other()
     assert fake.text("good") == expected_text(PROMPT, 8)
 
 
-def test_a_sampler_that_fails_half_way_skips_no_token_of_a_grammar():
+def test_a_sampler_that_fails_is_asked_again_for_each_alone():
     fake = FakeEngine()
     fake.add("grammar", PROMPT, grammar=REGEX)
     fake.compiler.futures[0].set_result(CountingMatcher())
     fake.add("plain", PROMPT)
     fake.step()
-    sample = fake.engine._sampler.sample
+    launch = fake.engine._sampler.launch
 
-    def fail_after_accepting(logits, sequences):
-        tokens = sample(logits, sequences)
+    def fail(logits, sequences):
+        pending = launch(logits, sequences)
         if len(sequences) > 1:
             raise RuntimeError("half way")
-        return tokens
+        return pending
 
-    fake.engine._sampler.sample = fail_after_accepting
+    fake.engine._sampler.launch = fail
     fake.run()
-    assert fake.final("grammar").finish_reason == "error"
+    assert fake.text("grammar") == expected_text(PROMPT, 3)
     assert fake.text("plain") == expected_text(PROMPT, 8)
+
+
+def test_tokens_that_cannot_be_read_end_their_requests_and_no_others():
+    fake = FakeEngine(max_num_seqs=2)
+    for name in ("a", "b", "later"):
+        fake.add(name, PROMPT)
+    fake.step()
+    finish = fake.engine._sampler.finish
+
+    def fail(pending):
+        fake.engine._sampler.finish = finish
+        finish(pending)
+        raise RuntimeError("unreadable")
+
+    fake.engine._sampler.finish = fail
+    fake.run()
+    for name in "ab":
+        assert "unreadable" in fake.final(name).error.message
+    assert fake.text("later") == expected_text(PROMPT, 8)
+    assert fake.deltas["later"][0].num_cached_tokens == 0
 
 
 # Prompt log-probabilities.

@@ -50,6 +50,7 @@ def make_engine(folder: Path, **flags) -> Engine:
         "max_num_batched_tokens": 256,
         "speculative_config": None,
         "enforce_eager": False,
+        "async_scheduling": "auto",
     }
     cache: dict[str, object] = {"block_size": 4}
     max_loras = flags.pop("max_loras", 2)
@@ -311,7 +312,7 @@ def test_a_gpu_says_what_the_cpu_says(models):
 
 
 @pytest.mark.parametrize("model", [{}, AS_SERVED], ids=["float32", "nf4-bfloat16"])
-def test_guessed_tokens_change_nothing_to_the_bit(models, model):
+def test_guessed_tokens_and_steps_launched_ahead_change_nothing_to_the_bit(models, model):
     """Greedy and drawn, with adapters, log-probabilities, penalties and too few blocks."""
     folder, _ = models["llama"]
     refs = [AdapterRef(uid=uid, generation=1, name=f"a{uid}", path="") for uid in (1, 2)]
@@ -325,7 +326,7 @@ def test_guessed_tokens_change_nothing_to_the_bit(models, model):
     config = '{"num_speculative_tokens": 5, "prompt_lookup_max": 2, "prompt_lookup_min": 1}'
     bytes_per_token = 2 * 2 * 2 * 16 * (2 if model else 4)  # k and v, layers, heads, head_dim
     answers = []
-    for flags in ({}, {"speculative_config": config}):
+    for flags in ({}, {"async_scheduling": "on"}, {"speculative_config": config}):
         engine = make_engine(
             folder, model=model, kv_cache_memory_bytes=300 * bytes_per_token, **flags
         )
@@ -335,12 +336,12 @@ def test_guessed_tokens_change_nothing_to_the_bit(models, model):
             for name, deltas in found.items()
         }
         answers.append((texts(found), logprobs))
-    assert answers[0] == answers[1]
-    assert engine.scheduler.num_preemptions > 0
+        assert engine.scheduler.num_preemptions > 0
+    assert answers[0] == answers[1] == answers[2]
     assert engine.scheduler.speculation.num_accepted_tokens > 20
 
 
-def test_guessed_tokens_follow_a_real_grammar(models):
+def test_guessed_tokens_and_steps_launched_ahead_follow_a_real_grammar(models):
     folder, _ = models["llama"]
     save_letters(folder)
     grammar = GrammarSpec(kind="regex", source="(ab)+c(de){3,9}f")
@@ -351,11 +352,12 @@ def test_guessed_tokens_follow_a_real_grammar(models):
     config = '{"num_speculative_tokens": 5, "prompt_lookup_max": 2, "prompt_lookup_min": 1}'
     plain = run(make_engine(folder), asked)
     engine = make_engine(folder, speculative_config=config)
-    guessed = run(engine, asked)
-    assert texts(guessed) == texts(plain)
-    assert [d[-1].finish_reason for d in guessed.values()] == [
-        d[-1].finish_reason for d in plain.values()
-    ]
+    ahead = make_engine(folder, async_scheduling="on")
+    for found in (run(engine, asked), run(ahead, asked)):
+        assert texts(found) == texts(plain)
+        assert [d[-1].finish_reason for d in found.values()] == [
+            d[-1].finish_reason for d in plain.values()
+        ]
     assert engine.scheduler.speculation.num_accepted_tokens > 10
 
 
@@ -391,7 +393,7 @@ def test_recorded_decode_steps_say_what_others_say(models, guessing):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("model", [{}, AS_SERVED], ids=["float32", "nf4-bfloat16"])
-def test_recorded_steps_of_a_gpu_give_the_bits_of_eager_ones(models, model):
+def test_recorded_steps_of_a_gpu_and_those_launched_ahead_give_the_bits_of_others(models, model):
     folder, _ = models["llama"]
     refs = [AdapterRef(uid=uid, generation=1, name=f"a{uid}", path="") for uid in (1, 2, 3)]
     # So narrow a 4-bit model multiplies with the library, whose bits depend on the number of rows:
@@ -403,10 +405,34 @@ def test_recorded_steps_of_a_gpu_give_the_bits_of_eager_ones(models, model):
     ]
     later = [request(n, 40, adapter=(None, refs[2])[n % 2], logprobs=1) for n in range(8, 16)]
     found = []
-    for enforce_eager in (True, False):
-        flags = {"model": {**model, "device": "cuda"}, "enforce_eager": enforce_eager}
-        engine = make_engine(folder, **flags)
+    for enforce_eager, mode in ((True, "off"), (True, "on"), (False, "off"), (False, "on")):
+        flags = {"enforce_eager": enforce_eager, "async_scheduling": mode}
+        engine = make_engine(folder, model={**model, "device": "cuda"}, **flags)
         deltas = run(engine, asked) | run(engine, later)  # between them the pool changes
         found.append({name: [d.logprobs for d in answer] for name, answer in deltas.items()})
+        assert found[-1] == found[0], flags
     assert set(engine._runner._graphs._replays) >= {8}, "nothing was recorded, or not again"
-    assert found[0] == found[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "recorded"])
+def test_a_step_of_a_gpu_waits_for_nothing_but_the_tokens_of_the_one_before(models, enforce_eager):
+    folder, _ = models["llama"]
+    engine = make_engine(folder, model={"device": "cuda"}, enforce_eager=enforce_eager)
+    ref = AdapterRef(uid=1, generation=1, name="a1", path="")
+    asked = [request(0, 60), seeded(1), request(2, 60, adapter=ref, logprobs=2), request(3, 60)]
+    for one in asked:
+        engine.add(dataclasses.replace(one, params=dataclasses.replace(one.params, max_tokens=60)))
+    for _ in range(20):  # prompts, what is compiled, what is recorded
+        engine.step()
+    torch.cuda.set_sync_debug_mode("error")  # an event is no such wait
+    try:
+        outputs = [engine.step() for _ in range(8)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert engine._in_flight is not None
+    assert all(len(output.deltas) == len(asked) for output in outputs)
+    assert not any(delta.finish_reason for output in outputs for delta in output.deltas)
+    engine.cancel_all()
+    engine.step()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.errors import NotEnoughMemory
-from engine.model_runner import measure_activation_bytes, token_logprobs
+from engine.model_runner import launch_logprobs, measure_activation_bytes, read_logprobs
 
 SPEC = SimpleNamespace(num_layers=2, num_kv_heads=1, head_dim=4)
 
@@ -17,7 +17,7 @@ def test_token_logprobs_are_those_of_a_log_softmax():
     logits = torch.randn(3, 11, generator=torch.Generator().manual_seed(0))
     expected = logits.log_softmax(dim=-1)
     for num_top in (0, 4, 50):
-        entries = token_logprobs(logits, (7, 0, 10), num_top)
+        entries = read_logprobs((7, 0, 10), launch_logprobs(logits, (7, 0, 10), num_top))
         for row, (entry, token_id) in enumerate(zip(entries, (7, 0, 10), strict=True)):
             assert entry.token_id == token_id
             assert entry.logprob == expected[row, token_id].item()

@@ -5,11 +5,23 @@ import torch
 
 from engine.api import GenerateRequest, SamplingParams
 from engine.errors import GrammarError
-from engine.sampler import Sampler, _choose, _make_plan
+from engine.sampler import Sampler
 from engine.sequence import Sequence
+from kernels import dispatch
+from kernels.dispatch import Implementation
+from tests.engine.choosing import choose_at_once
 
 VOCAB_SIZE = 500
 EOS = 2
+
+
+@pytest.fixture(autouse=True, params=["operators", "tables"])
+def way(request, monkeypatch):
+    """How tokens are chosen: operator by operator, or in one operation as on a GPU."""
+    if request.param == "tables":
+        if request.node.get_closest_marker("gpu"):
+            pytest.skip("the reference waits for the device")
+        choose_at_once(monkeypatch)
 
 
 def make_sequence(index: int = 0, prompt: tuple[int, ...] = (5, 6, 7), **params) -> Sequence:
@@ -269,15 +281,65 @@ def test_nothing_waits_for_the_device_before_the_tokens_are_read():
     params = [
         {"temperature": 0.0},
         {"seed": 1, "top_p": 0.9, "top_k": 40},
-        {"seed": 2, "min_p": 0.1},
+        {"seed": 2, "min_p": 0.1, "logprobs": 3},
     ]
     sequences = [make_sequence(i, **kinds) for i, kinds in enumerate(params)]
     logits = random_logits(3).cuda()
     expected = [token.token_id for token in Sampler().sample(logits.clone(), sequences)]
+    sampler = Sampler()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        plan = _make_plan(sequences, logits)
-        chosen = _choose(plan, logits, ~logits.sum(dim=-1).isfinite())
+        pending = sampler.launch(logits, sequences)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert chosen.tolist() == expected
+    assert pending.token_ids.is_cuda
+    assert [token.token_id for token in sampler.finish(pending)] == expected
+
+
+def test_launching_chooses_and_finishing_moves_grammars_on():
+    sequence = make_sequence(temperature=0.0, logprobs=1)
+    sequence.grammar = FakeMatcher([7, 8])
+    sampler, logits = Sampler(), random_logits(1)
+    sampler.launch(logits.clone(), [sequence])  # of which nothing comes: it may be launched again
+    pending = sampler.launch(logits.clone(), [sequence])
+    assert sequence.grammar.accepted == []
+    assert pending.token_ids.tolist() in ([7], [8]) and pending.sequences == [sequence]
+    [token] = sampler.finish(pending)
+    assert sequence.grammar.accepted == [token.token_id] == pending.token_ids.tolist()
+    assert token.logprobs.token_id == token.token_id
+
+
+def test_a_panic_of_one_grammar_that_goes_on_ends_its_row_only():
+    class Panic(BaseException):
+        pass
+
+    class Panicking(FakeMatcher):
+        def accept(self, token_id: int) -> None:
+            del token_id
+            raise Panic("assertion failed")
+
+    sequences = [make_sequence(i, temperature=0.0) for i in range(2)]
+    sequences[0].grammar = Panicking([3])
+    tokens = Sampler().sample(random_logits(2), sequences)
+    assert "assertion failed" in str(tokens[0].error) and tokens[1].error is None
+
+
+def test_warming_up_leaves_nothing_behind():
+    sampler, sequence = Sampler(), make_sequence(temperature=0.0, frequency_penalty=1.0)
+    sampler.warm_up(VOCAB_SIZE, torch.device("cpu"))
+    assert sampler._plan is None
+    logits = random_logits(1)
+    assert sampler.sample(logits.clone(), [sequence])[0].token_id == logits.argmax().item()
+
+
+def test_what_fails_while_warming_up_is_off_and_the_operators_run(monkeypatch, caplog):
+    def fails(*_):
+        raise RuntimeError("out of resources")
+
+    broken = Implementation("triton", fails, lambda *_: True)
+    monkeypatch.setattr(dispatch, "_implementations", {"choose_tokens": [broken]})
+    sampler, logits = Sampler(), random_logits(1)
+    sampler.warm_up(VOCAB_SIZE, torch.device("cpu"))
+    assert "out of resources" in caplog.text
+    token = sampler.sample(logits.clone(), [make_sequence(temperature=0.0)])[0]
+    assert token.token_id == logits.argmax().item()

@@ -16,9 +16,9 @@ def scheduled(fake: FakeEngine) -> list[tuple[str, int]]:
     seen = []
     run = fake.engine._runner.run
 
-    def spy(items):
+    def spy(items, last):
         seen.extend((sequence.request_id, count) for sequence, count in items)
-        return run(items)
+        return run(items, last)
 
     fake.engine._runner.run = spy
     try:

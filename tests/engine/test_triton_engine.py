@@ -33,6 +33,7 @@ CASES = {
 REQUESTS = [
     request(0, 2), request(1, 3),
     request(7, 2, temperature=0.9, top_p=0.8, top_k=20, min_p=0.01, seed=7),
+    request(4, 2, temperature=0.7, seed=8, repetition_penalty=1.3, frequency_penalty=0.4),
 ]
 
 def generate():
@@ -73,5 +74,5 @@ def test_the_kernels_say_what_the_references_say():
     assert len(found["actual"]) == 3
     assert set(found["used"]) >= {
         "add_rms_norm", "paged_attention", "paged_attention_fp8", "rms_norm", "rotate_and_cache",
-        "silu_and_mul", "truncate",
+        "silu_and_mul", "choose_tokens",
     }  # fmt: skip

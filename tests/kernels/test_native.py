@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from kernels.linear import linear_reference
 from kernels.native.build import BuildError
 from kernels.native.library import load
 from kernels.native.operations import NativeOperations
-from kernels.nf4 import dequantize_4bit_reference, quantize_4bit
+from kernels.nf4 import QuantizedWeight, dequantize_4bit_reference, quantize_4bit
 from kernels.nf4_linear import nf4_linear_reference
 from kernels.threads import set_num_threads
 
@@ -116,6 +118,14 @@ def test_a_token_has_the_same_bits_in_any_company(native, width, dtype):
         assert torch.equal(native.linear(x[:num_tokens], dense, None), dense_alone[:num_tokens])
 
 
+def test_freed_scratch_is_taken_again(native):
+    x, weight = random(70, 192), native.prepare_weight(quantize_4bit(random(43, 192)))
+    before = native.nf4_linear(x, [weight], [None])
+    for _ in range(2):
+        native.free_scratch()
+    assert torch.equal(native.nf4_linear(x, [weight], [None]), before)
+
+
 def test_results_do_not_depend_on_the_number_of_threads(native):
     x = random(5, 1024, dtype=torch.bfloat16)
     weight = native.prepare_weight(quantize_4bit(random(1000, 1024)))
@@ -133,3 +143,70 @@ def test_groups_that_span_rows_are_left_to_the_reference(native):
     assert not native.accepts_prepare_weight(quantize_4bit(random(8, 64), group_size=32))
     assert not native.accepts_linear(random(1, 72), random(8, 72))
     assert not native.accepts_linear(random(1, 64).half(), random(8, 64).half())
+
+
+@pytest.fixture(params=[name for name in SETS if load(name).herd_has_int8_activations()])
+def native_int8(request):
+    """The operations on an instruction set that multiplies bytes."""
+    yield NativeOperations(load(request.param))
+    load("auto")
+
+
+def rounding(weight: QuantizedWeight) -> QuantizedWeight:
+    """The weight, to be multiplied with 8-bit activations."""
+    return replace(weight, int8_activations=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", NUM_TOKENS)
+def test_8_bit_activations_equal_the_reference(native_int8, num_tokens, dtype):
+    x = random(num_tokens, 192, dtype=dtype)
+    x[0, 64:128] = 0.0
+    weights = [
+        rounding(quantize_4bit(random(40, 192))),
+        rounding(quantize_4bit(random(9, 192), quant_type="fp4")),
+        rounding(quantize_4bit(random(3, 192), double_quant=False)),
+    ]
+    biases = [random(40, dtype=dtype), None, random(3, dtype=dtype)]
+    prepared = [native_int8.prepare_weight(weight) for weight in weights]
+    assert native_int8.accepts_nf4_linear(x, prepared, biases)
+    actual = native_int8.nf4_linear(x, prepared, biases)
+    assert_close(actual, nf4_linear_reference(x, weights, biases))
+    assert_close(
+        nf4_linear_reference(x, prepared, biases), nf4_linear_reference(x, weights, biases)
+    )
+
+
+def test_8_bit_activations_cost_little_accuracy(native_int8):
+    x, weight = random(16, 1024, dtype=torch.bfloat16), quantize_4bit(random(64, 1024))
+    exact = x.float() @ dequantize_4bit_reference(weight, torch.float32).t()
+    ours = native_int8.nf4_linear(x, [native_int8.prepare_weight(rounding(weight))], [None])
+    assert (ours.float() - exact).norm() < 0.015 * exact.norm()
+
+
+def test_8_bit_activations_give_a_token_the_same_bits_in_any_company(native_int8):
+    x = random(40, 832, dtype=torch.bfloat16)
+    weight = native_int8.prepare_weight(rounding(quantize_4bit(random(43, 832))))
+    alone = torch.cat([native_int8.nf4_linear(row[None], [weight], [None]) for row in x])
+    for num_tokens in (2, 3, 7, 8, 9, 17, 40):
+        together = native_int8.nf4_linear(x[:num_tokens], [weight], [None])
+        assert torch.equal(together, alone[:num_tokens])
+
+
+@pytest.mark.parametrize("fault", [float("nan"), float("inf")])
+def test_8_bit_activations_do_not_hide_what_is_not_finite(native_int8, fault):
+    x = random(3, 128, dtype=torch.bfloat16)
+    x[1, 70] = fault
+    weight = native_int8.prepare_weight(rounding(quantize_4bit(random(40, 128))))
+    finite = native_int8.nf4_linear(x, [weight], [None]).isfinite()
+    assert finite[[0, 2]].all() and not finite[1].any()
+
+
+def test_weights_that_want_other_activations_are_left_to_the_reference(native):
+    weight = native.prepare_weight(quantize_4bit(random(8, 64)))
+    x = random(1, 64)
+    mixed = [weight, rounding(weight)]
+    assert not native.accepts_nf4_linear(x, mixed, [None, None])
+    assert native.accepts_nf4_linear(x, [rounding(weight)], [None]) == native.has_int8_activations()
+    both = nf4_linear_reference(x, mixed, [None, None])
+    assert_close(both[:, :8], nf4_linear_reference(x, [weight], [None]))

@@ -17,6 +17,7 @@ from engine.api import (
     AdapterRef,
     EngineStats,
     GenerateRequest,
+    RecordingProgress,
     RequestDelta,
     SamplingParams,
     StepOutput,
@@ -176,6 +177,15 @@ async def test_a_worker_serves_cancels_loads_adapters_and_stops(folder):
     assert client.state == "stopped" and not is_process(pid)
     (final,) = await collect(client, request("too late"))
     assert "shutting down" in final.error.message
+
+
+def test_what_the_worker_says_of_recordings_reaches_whoever_shows_it(folder):
+    client, told = make_client(folder), []
+    message = RecordingProgress(num_recorded=1, num_sizes=4, is_recording=True)
+    client._on_message(None, message)  # nobody shows it
+    client.on_recording = told.append
+    client._on_message(None, message)
+    assert told == [message]
 
 
 async def test_a_killed_worker_fails_its_requests_once_and_another_serves_again(folder):

@@ -18,6 +18,7 @@ struct Matrix {
   int32_t out_features;
   int32_t in_features;        // a multiple of 64, and of group_size
   int32_t group_size;         // a multiple of 64
+  int32_t int8_activations;   // 4-bit, the same for all slices: round x to 8 bits (nf4_int8.h)
 };
 
 // One adapter's low-rank pair for one slice: y += scale * (x a^T) b^T. Dtype: the activations'.
@@ -97,6 +98,7 @@ extern uint8_t dynamic_map_bytes[4][256];  // the same, byte by byte, the lowest
 // The operations of one instruction set. x is contiguous; strides are in elements.
 struct Kernels {
   const char* name;
+  bool has_int8_activations;
   void (*linear)(int32_t dtype, const Matrix* slices, int num_slices, const void* x,
                  long num_tokens, void* y, long y_stride);
   void (*dequantize)(int32_t dtype, const Matrix* matrix, void* out);

@@ -120,7 +120,13 @@ static void read_all(const void* from, long num_bytes) {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    HERD_TEXT(HERD_ISA), linear_any,   dequantize_any, rms_norm_any, add_rms_norm_any, rotate_any,
+    HERD_TEXT(HERD_ISA),
+#if defined(__AVX512VNNI__)
+    true,
+#else
+    false,
+#endif
+    linear_any,   dequantize_any, rms_norm_any, add_rms_norm_any, rotate_any,
     silu_and_mul_any, write_kv_any, attention_any, add_lora_any, rms_norm_backward_any,
     silu_and_mul_backward_any, label_logps_any, decode_any, read_all,
 };

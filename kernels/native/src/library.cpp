@@ -30,7 +30,8 @@ bool can_run(const char* name) {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
   if (!strcmp(name, "avx512_bf16"))
-    return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+    return avx512 && __builtin_cpu_supports("avx512bf16") &&
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
   if (!strcmp(name, "avx512")) return avx512;
   if (!strcmp(name, "avx2")) return avx2;
 #endif
@@ -105,7 +106,12 @@ HERD_EXPORT int herd_choose(const char* name, const float* dynamic_map) {
   return 0;
 }
 
+// Whether the chosen set has products of 8-bit activations.
+HERD_EXPORT int herd_has_int8_activations() { return herd::chosen->has_int8_activations; }
+
 HERD_EXPORT void herd_set_num_threads(int num_threads) { herd::set_num_threads(num_threads); }
+
+HERD_EXPORT void herd_free_scratch() { herd::free_scratch(); }
 
 HERD_EXPORT int herd_num_threads() { return herd::num_threads(); }
 

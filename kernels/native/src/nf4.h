@@ -46,13 +46,16 @@ static inline void keep(V& vector) {
 #endif
 }
 
-// How codes and activations meet. steps: look-ups that a word takes, kSums or twice as many.
+// How codes and activations meet.
+//   steps           look-ups that a word takes, kSums or twice as many
+//   units_of_block  activations of a token for a block, in units of 32 bits
 template <typename E>
 struct Float32Codes {  // E: the activations' dtype
   typedef float X;     // activations are widened once per call
   typedef Vec V;       // one column
   typedef Table Values;
   static constexpr int steps = 8;
+  static constexpr long units_of_block = kWords * steps;
   static inline Values values(const float* codebook) {
     Table table = load_table(codebook);
     if (sizeof(E) == 2)
@@ -86,6 +89,7 @@ struct Bfloat16Codes {
     __m512i v;
   };
   static constexpr int steps = 4;
+  static constexpr long units_of_block = kWords * steps;
   static inline Values scaled(const Table& table, float scale) {
     const __m512 values = _mm512_mul_ps(table.part[0].v, _mm512_set1_ps(scale));
     return {(__m512i)_mm512_cvtne2ps_pbh(values, values)};
@@ -126,14 +130,20 @@ constexpr int sums_at_once(int num_vectors, int num_tokens) {
   return kTogether == 2 ? (size <= 6 ? 4 : size <= 10 ? 2 : 1) : (size <= 2 ? 4 : size <= 3 ? 2 : 1);
 }
 
-// R vectors of rows and T tokens over some blocks.
+// R vectors of rows and T tokens over some blocks; specialised where codes meet 8-bit activations.
 //   codes, scales  of the first vector, at the first block
 //   x              [columns, T] units
 //   totals         [T, R], what earlier blocks gave; this adds to it
 template <class Codes, int R, int T>
-static void multiply(const uint8_t* codes, const float* scales,
-                     const typename Codes::Values& values, const uint32_t* x, long blocks,
-                     Vec* totals) {
+struct Product {
+  static void add(const uint8_t* codes, const float* scales, const typename Codes::Values& values,
+                  const uint32_t* x, long blocks, Vec* totals);
+};
+
+template <class Codes, int R, int T>
+void Product<Codes, R, T>::add(const uint8_t* codes, const float* scales,
+                               const typename Codes::Values& values, const uint32_t* x,
+                               long blocks, Vec* totals) {
   constexpr int C = sums_at_once(R, T), steps = Codes::steps / kSums;
   for (long b = 0; b < blocks; b++) {
     Vec sum[T][R];
@@ -189,7 +199,7 @@ static void multiply(const uint8_t* codes, const float* scales,
     }
     codes += kWords * kWordBytes;
     scales += kRows;
-    x += kWords * Codes::steps * T;
+    x += Codes::units_of_block * T;
   }
 }
 
@@ -200,7 +210,7 @@ static void multiply_tokens(const uint8_t* codes, const float* scales,
                             long num_tokens, Vec* totals) {
   switch (num_tokens) {
 #define HERD_TOKENS(T) \
-  case T: return multiply<Codes, R, T>(codes, scales, values, x, blocks, totals);
+  case T: return Product<Codes, R, T>::add(codes, scales, values, x, blocks, totals);
     HERD_TOKENS(1)
     HERD_TOKENS(2)
     HERD_TOKENS(3)
@@ -220,6 +230,8 @@ struct Packing {
   uint32_t* to;
   long num_tokens, units;
 };
+// A token's units in memory: whole vectors.
+static inline long padded_units(long units) { return ceil_div(units, 16) * 16; }
 static inline long num_tiles(long num_tokens) { return ceil_div(num_tokens, kTokens); }
 static inline long tile_start(long num_tokens, long tile) {
   return num_tokens * tile / num_tiles(num_tokens);
@@ -285,8 +297,8 @@ template <class Codes, typename E>
 static void multiply_rows(const herd::Matrix& m, long first, long stop, const uint32_t* x,
                           long num_tokens, const Output<E>& out) {
   constexpr int R = kTogether;
-  constexpr long units_of_block = kWords * Codes::steps;
-  const long blocks = m.in_features / kBlock, units = blocks * units_of_block;
+  constexpr long units_of_block = Codes::units_of_block;
+  const long blocks = m.in_features / kBlock, units = padded_units(blocks * units_of_block);
   const long tiles = num_tiles(num_tokens);
   // Columns at a time: so many that a tile's part of x stays in the first cache.
   const long stretch = most(1, 16384 / (units_of_block * 4 * ceil_div(num_tokens, tiles)));
@@ -331,16 +343,21 @@ static void dequantize_task(void* context, long task) {
   const uint32_t* codes = (const uint32_t*)group_codes(m, n);
   float* scales = (float*)herd::scratch(herd::kScales, kRows * blocks * (long)sizeof(float));
   decode_scales(m, n, rows, scales);
-  uint32_t by_row[kRows][2 * kWords], last[2 * kWords][kRows];
-  for (long b = 0; b < blocks; b += 2) {  // two blocks are 16 words
-    const uint32_t* words = codes + b * kWords * kRows;
-    if (b + 1 == blocks) words = (const uint32_t*)memcpy(last, words, sizeof last / 2);
-    for (long r = 0; r < rows; r += 16) transpose_words(words + r, kRows, by_row[r], 2 * kWords);
-    for (long r = 0; r < rows; r++)
-      for (long i = b; i < least(b + 2, blocks); i++)
-        Codes::dequantize(table, scales[r * blocks + i], by_row[r] + (i - b) * kWords,
-                          call.out + (n + r) * k + i * kBlock);
-  }
+  constexpr long several = 8;  // blocks, whose words are brought into the order of rows
+  alignas(64) uint32_t by_row[16][several * kWords], last[16][kRows];
+  for (long first = 0; first < rows; first += 16)
+    for (long b = 0; b < blocks; b += several) {
+      const long stop = least(b + several, blocks);
+      for (long i = b; i < stop; i += 2) {  // two blocks are 16 words
+        const uint32_t* words = codes + i * kWords * kRows;
+        if (i + 1 == blocks) words = (const uint32_t*)memcpy(last, words, sizeof last / 2);
+        transpose_words(words + first, kRows, by_row[0] + (i - b) * kWords, several * kWords);
+      }
+      for (long r = first; r < least(first + 16, rows); r++)
+        for (long i = b; i < stop; i++)
+          Codes::dequantize(table, scales[r * blocks + i], by_row[r - first] + (i - b) * kWords,
+                            call.out + (n + r) * k + i * kBlock);
+    }
 }
 
 }  // namespace HERD_ISA

@@ -18,6 +18,7 @@ from engine.api import (
 )
 from engine.errors import EngineError
 from engine.train.checkpoint_keeper import in_thread
+from tests.engine.fakes import FakeEngine
 from tests.engine.train.fake_trainers import Runner, ScriptedTrainer, job
 
 REF = AdapterRef(uid=1, generation=1, name="tuned", path="/copy")
@@ -64,6 +65,21 @@ def test_slices_longer_than_the_budget_still_run_and_the_owner_is_told_once():
     assert runner.clock.now_s == pytest.approx(num_steps * 0.05, rel=0.15)
     (note,) = [event for event in events if isinstance(event, TrainingNote)]
     assert note.level == "warn" and "200 ms" in note.message and "50" in note.message
+
+
+def test_no_step_is_in_flight_when_slices_run_so_that_their_time_is_their_own():
+    fake = FakeEngine(async_scheduling="on")
+    runner = Runner(fake, num_steps=4)
+    fake.add("stream", max_tokens=40)
+    runner.runner.step()
+    assert fake.engine._in_flight is not None
+    runner.runner.start(job())
+    while runner.runner.is_running:
+        runner.runner.step()
+        assert fake.engine._in_flight is None
+        runner.runner.advance(has_streams=True)
+    runner.runner.step()
+    assert fake.engine._in_flight is not None
 
 
 def test_a_second_job_fails_and_the_first_goes_on():

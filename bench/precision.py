@@ -1,7 +1,7 @@
-"""What --lm-head-dtype costs in accuracy: perplexity of the demo, logit error of a random head.
+"""What fewer bits cost in accuracy: --lm-head-dtype and --cpu-activations.
 
-Run      python -m bench.lm_head_quality [--texts 200]
-Writes   bench/results/lm_head_quality.json
+Run      python -m bench.precision [--texts 200]
+Writes   bench/results/precision.json
 Method   texts that the demo's corpus makes from a seed it was not trained on, as prompts whose
          log-probabilities the engine reports: running text under the base (every token), chats
          under the adapter guanaco (the tokens of answers). The random head is that of a 1.1B LLaMA
@@ -34,8 +34,14 @@ from engine.model_config import ModelSpec
 from engine.startup import create_engine
 
 DEMO = Path(__file__).parent.parent / "demo"
-RESULT_FILE = Path(__file__).parent / "results" / "lm_head_quality.json"
-KINDS: tuple[HeadDtype, ...] = ("auto", "int8", "nf4")
+RESULT_FILE = Path(__file__).parent / "results" / "precision.json"
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"lm_head_dtype": "int8"},
+    {"lm_head_dtype": "nf4"},
+    {"cpu_activations": "int8"},
+    {"lm_head_dtype": "int8", "cpu_activations": "int8"},
+)
 SEED = 987_654_321
 MAX_LEN = 1000
 HEAD_SHAPE = (32_000, 2048)
@@ -59,10 +65,10 @@ def make_texts(num_texts: int) -> dict[str, list[Text]]:
     return found
 
 
-def perplexities(head_dtype: HeadDtype, texts: dict[str, list[Text]]) -> dict[str, float]:
-    """By model name, with the head held so."""
+def perplexities(settings: dict[str, Any], texts: dict[str, list[Text]]) -> dict[str, float]:
+    """By model name, with these fields of ModelConfig."""
     config = EngineConfig(
-        model=ModelConfig(device="cpu", lm_head_dtype=head_dtype),
+        model=ModelConfig(device="cpu", **settings),
         cache=CacheConfig(kv_cache_memory_bytes=64 << 20),
     )
     folder = DEMO / "model"
@@ -119,15 +125,17 @@ def main() -> None:
     texts = make_texts(options.texts)
     counts = {name: sum(len(wanted) for _, wanted in rows) for name, rows in texts.items()}
     rows = []
-    for head_dtype in KINDS:
-        found = perplexities(head_dtype, texts)
-        row: dict[str, Any] = {"lm_head_dtype": head_dtype}
+    for settings in SETTINGS:
+        row: dict[str, Any] = dict(settings)
+        found = perplexities(settings, texts)
         row |= {f"perplexity_{name}": round(value, 4) for name, value in found.items()}
-        row |= {name: round(value, 4) for name, value in random_head_errors(head_dtype).items()}
+        if settings.keys() == {"lm_head_dtype"}:
+            errors = random_head_errors(settings["lm_head_dtype"])
+            row |= {name: round(value, 4) for name, value in errors.items()}
         rows.append(row)
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     result = {
-        "command": f"python -m bench.lm_head_quality --texts {options.texts}",
+        "command": f"python -m bench.precision --texts {options.texts}",
         "commit": git_commit(),
         "cpu": cpu_name(),
         "torch": torch.__version__,
