@@ -321,8 +321,8 @@ class Engine:
         """Append the tokens that a text comes to and say so, with the end where there is one; drop
         its drafts."""
         added = append_tokens(sequence, tokens)
-        self.blocks.commit(sequence)
         if sequence.draft_token_ids:
+            self.blocks.commit(sequence)  # with the keys and values of drafts that were right
             self.scheduler.settle_drafts(sequence, added.token_ids)
         if added.reason is not None:
             final = self._finish(
