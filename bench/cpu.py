@@ -37,7 +37,8 @@ from bench.cpu_models import NUM_ADAPTERS, make_adapter, make_model, make_tokeni
 from bench.overhead import cpu_name, git_commit, slug
 
 ROOT = Path(__file__).parent.parent
-SYSTEMS = ("herd", "herd-int8-head", "herd-nf4-head", "Q4_0", "IQ4_NL", "transformers")
+INT8 = "herd-int8-activations"
+SYSTEMS = ("herd", INT8, "herd-int8-head", "herd-nf4-head", "Q4_0", "IQ4_NL", "transformers")
 LLAMA_TYPES = ("Q4_0", "IQ4_NL")
 PARTS = ("limits", *SYSTEMS, "demo")
 READ_BYTES = 1 << 30
@@ -118,6 +119,8 @@ def run_system(system: str, shape: str, threads: int, options: argparse.Namespac
         command = [str(options.llama_python), "-m", "bench.cpu_llama", folder, "--type", system]
     elif system == "transformers":
         command[2] = "bench.cpu_transformers"
+    elif system == INT8:
+        command += ["--cpu-activations", "int8"]
     elif system != "herd":
         command += ["--lm-head-dtype", system.split("-")[1], "--adapters", "0", "--prompts", "32"]
     return run_child([*command, "--threads", str(threads), *options.rest], options)
@@ -223,10 +226,10 @@ def ratios(rows: list[Row]) -> list[Row]:
     found = []
     rows = [row for row in rows if is_undisturbed(row)]
     for row in rows:
-        if row["system"] != "herd" or row["kind"] not in ("decode", "prefill"):
+        if row["system"] not in ("herd", INT8) or row["kind"] not in ("decode", "prefill"):
             continue
-        shape, threads, kind, size, adapters = key_of(row)[1:]
-        entry = {"shape": shape, "threads": threads, "kind": kind, "size": size}
+        system, shape, threads, kind, size, adapters = key_of(row)
+        entry = {"system": system, "shape": shape, "threads": threads, "kind": kind, "size": size}
         entry |= {"adapters": adapters, "herd_tokens_per_s": row["tokens_per_s"]}
         about = (shape, threads, kind, size, adapters)
         llama = [find(rows, quant_type, *about) for quant_type in LLAMA_TYPES]
@@ -235,7 +238,7 @@ def ratios(rows: list[Row]) -> list[Row]:
             "over_transformers": find(rows, "transformers", *about),
         }
         if adapters == NUM_ADAPTERS:
-            others["over_one_adapter"] = find(rows, "herd", shape, threads, kind, size, 1)
+            others["over_one_adapter"] = find(rows, system, shape, threads, kind, size, 1)
         entry |= {
             name: round(row["tokens_per_s"] / speed, 2) for name, speed in others.items() if speed
         }

@@ -13,9 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import bench.as_served  # noqa: F401  (first: it acts before PyTorch is there)
 from adapters.format import read_ref
-from bench.cpu_load import best, resident_bytes, speed_row
+from bench.cpu_load import best, memory_row, resident_bytes, speed_row
 from bench.cpu_models import NUM_ADAPTERS, VOCAB_SIZE, make_adapter
 from engine.api import AdapterRef, GenerateRequest, SamplingParams
 from engine.config import CacheConfig, EngineConfig, LoraConfig, ModelConfig, SchedulerConfig
@@ -89,6 +91,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--patience", type=float, default=15, help="seconds for a row at most")
     parser.add_argument("--lm-head-dtype", default="auto")
+    parser.add_argument("--cpu-activations", default="full")
     options = parser.parse_args()
     folder = options.folder
     paths = [make_adapter(folder, seed) for seed in range(NUM_ADAPTERS)]
@@ -104,6 +107,7 @@ def main() -> None:
             device="cpu",
             threads=options.threads,
             lm_head_dtype=options.lm_head_dtype,
+            cpu_activations=options.cpu_activations,
         ),
         cache=CacheConfig(enable_prefix_caching=False, kv_cache_memory_bytes=KV_BYTES),
         scheduler=SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=2048),
@@ -114,7 +118,8 @@ def main() -> None:
     )
     load = Load(engine, refs)
     load.decode_s(1, 0, 4)
-    embedding_bytes = spec.vocab_size * spec.hidden_size * 2
+    embedding = engine.model.embed_tokens  # which a step does not read, and which may be on disk
+    embedding_bytes = embedding.nbytes if isinstance(embedding, torch.Tensor) else 0
     rows: list[dict[str, Any]] = [
         {
             "kind": "memory",
@@ -122,7 +127,7 @@ def main() -> None:
             "weights_bytes": info.weights_bytes,
             "kv_cache_bytes": info.kv_cache_bytes,
             "resident_before_bytes": before_bytes,
-            "resident_bytes": resident_bytes(),
+            **memory_row(),
             "load_s": round(info.load_s, 2),
         }
     ]

@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 
-from bench.cpu_load import TICKS_PER_S, busy_s
+from bench.cpu_load import TICKS_PER_S, busy_s, memory_row
 
 ROOT = Path(__file__).parent.parent
 START_TIMEOUT_S = 120
@@ -34,14 +34,6 @@ def children(pid: int) -> list[int]:
         for child in (task / "children").read_text().split():
             found += children(int(child))
     return found
-
-
-def proportional_bytes(pid: int) -> int:
-    """A process's memory, pages shared with others divided among them."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/{pid}/smaps_rollup has no Pss")
 
 
 def processor_s(pids: list[int]) -> float:
@@ -166,7 +158,10 @@ def main() -> None:
                 measure(port, pids, model, batch, options.tokens) for _ in range(options.repeats)
             ]
             rows.append(max(found, key=lambda row: row["tokens_per_s"]))
-        rows[0]["resident_bytes"] = sum(map(proportional_bytes, pids))
+        memory = [memory_row(pid) for pid in pids]
+        worker = max(memory[1:], key=lambda row: row["resident_bytes"])  # the other tracks files
+        rows[0]["resident_bytes"] = sum(row["pss_bytes"] for row in memory)
+        rows[0] |= {"http_process": memory[0], "worker_process": worker}
         print(json.dumps(rows))
     finally:
         server.terminate()

@@ -20,7 +20,7 @@ import gguf
 import llama_cpp
 import numpy as np
 
-from bench.cpu_load import best, resident_bytes, speed_row
+from bench.cpu_load import best, memory_row, resident_bytes, speed_row
 
 MODULES = {
     "self_attn.q_proj": "attn_q",
@@ -221,7 +221,7 @@ def main() -> None:
             "read_bytes": size - int(embedding.n_bytes),
             "weights_bytes": size,
             "resident_before_bytes": before_bytes,
-            "resident_bytes": resident_bytes(),
+            **memory_row(),
             "load_s": round(load_s, 2),
             "version": llama_cpp.__version__,
         }

@@ -73,7 +73,26 @@ def speed_row(
     return {"kind": kind, "size": size, "adapters": num_adapters, "tokens_per_s": speed, **row}
 
 
+def memory_row(pid: int | str = "self") -> dict[str, int]:
+    """Memory that a process holds now, in bytes.
+
+    Returns:
+        resident_bytes; of them anon_bytes, which are its own, and file_bytes, pages of programs and
+        files that the system can drop and read again; and pss_bytes, in which a page that several
+        processes share is divided among them.
+    """
+    fields = {"VmRSS": "resident_bytes", "RssAnon": "anon_bytes", "RssFile": "file_bytes"}
+    fields["Pss"] = "pss_bytes"
+    row = {}
+    for name in ("status", "smaps_rollup"):
+        with open(f"/proc/{pid}/{name}", encoding="ascii", errors="replace") as file:
+            for line in file:
+                field, _, value = line.partition(":")
+                if field in fields:
+                    row[fields[field]] = int(value.split()[0]) * 1024
+    return row
+
+
 def resident_bytes() -> int:
-    """Memory that this process holds now."""
-    with open("/proc/self/statm", encoding="ascii") as statm:
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Memory that this process holds now, all kinds together."""
+    return memory_row()["resident_bytes"]

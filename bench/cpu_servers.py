@@ -10,7 +10,8 @@ Method   so many requests at once, each 64 greedy tokens after 32 random ones of
          servers are started in turn, --rounds times each; the best of all repeats counts. Every row
          says how many processors the client took, which is one and the same for all servers, and
          how many others did. Herd also runs with eight requests on one adapter and on eight, which
-         llama-server cannot batch.
+         llama-server cannot batch, and with --cpu-activations int8, which is how llama.cpp always
+         multiplies.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from bench.cpu_load import busy_s, wait_until_quiet
 from bench.cpu_models import NUM_ADAPTERS, VOCAB_SIZE, make_adapter, make_model, make_tokenizer
 from bench.overhead import cpu_name, git_commit, slug
 
+HERDS = {"herd": (), "herd int8 activations": ("--cpu-activations", "int8")}
 PROMPT_LEN, NUM_TOKENS = 32, 64
 MAX_PARALLEL = 16
 START_TIMEOUT_S = 120
@@ -129,10 +131,12 @@ def measure(api: Api, port: int, pids: list[int], models: list[str]) -> Row:
     return max(rows[1:], key=lambda row: row["tokens_per_s"])
 
 
-def measure_herd(folder: Path, threads: int, requests: list[int]) -> Iterator[Row]:
+def measure_herd(
+    folder: Path, threads: int, requests: list[int], flags: tuple[str, ...]
+) -> Iterator[Row]:
     """Rows of Herd on one shape."""
     command = [sys.executable, "serve.py", "--no-ui", "--log-level", "error", "--base"]
-    command += [str(folder / "nf4"), "--threads", str(threads), "--max-model-len", "1024"]
+    command += [str(folder / "nf4"), "--threads", str(threads), "--max-model-len", "1024", *flags]
     command += ["--max-num-seqs", str(MAX_PARALLEL), "--served-model-name", "base"]
     for seed in range(NUM_ADAPTERS):
         command += ["--adapter", f"a{seed}={make_adapter(folder, seed)}"]
@@ -164,13 +168,14 @@ def ratios(rows: list[Row]) -> list[Row]:
     found = []
     for (shape, threads, count, adapters), by_system in sorted(speeds.items()):
         labels = {"shape": shape, "threads": threads, "requests": count}
-        herd = by_system.get("herd")
-        peers = [speed for system, speed in by_system.items() if system != "herd"]
-        if herd is not None and peers:
-            found.append({**labels, "herd_over_llama_server": round(herd / max(peers), 2)})
-        one = speeds.get((shape, threads, count, 1))
-        if herd is not None and adapters > 1 and one is not None:
-            found.append({**labels, "eight_adapters_over_one": round(herd / one["herd"], 2)})
+        peers = [speed for system, speed in by_system.items() if system not in HERDS]
+        for system in HERDS.keys() & by_system.keys():
+            herd, entry = by_system[system], {"system": system, **labels}
+            if peers:
+                found.append({**entry, "over_llama_server": round(herd / max(peers), 2)})
+            one = speeds.get((shape, threads, count, 1))
+            if adapters > 1 and one is not None:
+                found.append({**entry, "eight_adapters_over_one": round(herd / one[system], 2)})
     return found
 
 
@@ -206,7 +211,9 @@ def main() -> None:
         make_tokenizer(folder / "nf4")
         for _ in range(options.rounds):
             wait_until_quiet(0.1, PATIENCE_S)
-            keep("herd", shape, measure_herd(folder, options.threads, options.requests))
+            for system, flags in HERDS.items():
+                measured = measure_herd(folder, options.threads, options.requests, flags)
+                keep(system, shape, measured)
             for quant_type in options.types if options.llama_server else ():
                 make = (
                     "import sys; from pathlib import Path; from bench.cpu_llama import make_gguf; "

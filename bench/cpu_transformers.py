@@ -2,6 +2,8 @@
 
 Run      python -m bench.cpu_transformers FOLDER --threads N    (bench/cpu.py does); prints JSON
 Method   model.forward with its own cache, without sampling. peft for the adapter.
+Kernels  bitsandbytes' own for AVX512-BF16. Those that it fetches from a model hub, with the package
+         `kernels`, are not used: that package cannot be imported beside our folder of its name.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 import transformers
 from peft import PeftModel
 
-from bench.cpu_load import best, resident_bytes, speed_row
+from bench.cpu_load import best, memory_row, resident_bytes, speed_row
 
 
 @torch.inference_mode()
@@ -47,7 +49,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
-    parser.add_argument("--prompts", type=int, nargs="*", default=[512])
+    parser.add_argument("--prompts", type=int, nargs="*", default=[32, 512, 2048])
     parser.add_argument("--adapters", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=2)
@@ -60,18 +62,19 @@ def main() -> None:
         options.folder / "nf4", dtype=torch.bfloat16
     ).eval()
     load_s = time.perf_counter() - started
+    decode_s(model, 1, 1)  # until then weights are mapped, not read
     rows: list[dict[str, Any]] = [
         {
             "kind": "memory",
             "resident_before_bytes": before_bytes,
-            "resident_bytes": resident_bytes(),
+            **memory_row(),
             "load_s": round(load_s, 2),
         }
     ]
     for num_adapters in [number for number in options.adapters if number < 2]:
         if num_adapters:
             model = PeftModel.from_pretrained(model, options.folder / "adapter-0").eval()
-        decode_s(model, 1, 1)
+            decode_s(model, 1, 1)
         for batch in options.batches:
             row = best(
                 functools.partial(decode_s, model, batch, options.steps),

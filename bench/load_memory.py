@@ -1,10 +1,12 @@
-"""Peak host memory while a model loads, against the promise: its weights and the largest tensor.
+"""Peak host memory while a model loads, against the promise: its weights and the largest tensor;
+and what stays, against its weights.
 
 Run      python -m bench.load_memory            with a random 16-bit LLaMA of half a gigabyte
          python -m bench.load_memory FOLDER     with a 16-bit model folder
 Writes   bench/results/load_memory.json
 Method   each case in a process of its own; the peak is the kernel's high-water mark of resident
-         memory, reset after the imports, less what was resident then. Linux only.
+         memory, reset after the imports, less what was resident then. What was there before and
+         what has come to stay is told by kind: bench/cpu_load.py's memory_row. Linux only.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 import torch
 
+from bench.cpu_load import memory_row
 from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig
 from engine.model_config import ModelSpec
@@ -55,12 +58,12 @@ def make_model(folder: Path) -> None:
     writer.finish()
 
 
-def memory_bytes(field: str) -> int:
-    """VmRSS, or VmHWM, of this process."""
+def peak_bytes() -> int:
+    """The most that this process has held."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
+        if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    raise RuntimeError("/proc/self/status has no VmHWM")
 
 
 def measure(case: str, folder: Path, cache: Path) -> dict[str, Any]:
@@ -69,7 +72,8 @@ def measure(case: str, folder: Path, cache: Path) -> dict[str, Any]:
     # What torch and the kernels allocate once, when they are first called.
     linear(torch.randn(64, 64), torch.randn(64, 64)).sum()
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before, started = memory_bytes("VmRSS"), time.perf_counter()
+    before, started = memory_row(), time.perf_counter()
+    kept: dict[str, Any] = {}
     with Checkpoint(folder) as checkpoint:
         largest = max(info.num_bytes for info in checkpoint.tensors.values())
     if case == "quantize_checkpoint":
@@ -83,13 +87,18 @@ def measure(case: str, folder: Path, cache: Path) -> dict[str, Any]:
         loaded = load_model(config, folder, "cpu")
         promised = loaded.weights_bytes + largest
     seconds = time.perf_counter() - started
-    peak = memory_bytes("VmHWM") - before
+    peak = peak_bytes() - before["resident_bytes"]
+    if case != "quantize_checkpoint":
+        after = memory_row()
+        kept = {"weights_bytes": loaded.weights_bytes, "before": before}
+        kept["kept"] = {name: after[name] - before[name] for name in after}
     return {
         "case": case,
         "peak_bytes": peak,
         "promised_bytes": promised,
         "largest_tensor_bytes": largest,
         "peak_over_promise": round(peak / promised, 3),
+        **kept,
         "seconds": round(seconds, 2),
     }
 

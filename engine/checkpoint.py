@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from engine.embedding import StoredTable, read_exactly
 from engine.errors import CheckpointError
 from engine.json_fields import read_json_object
 from engine.safetensors_header import DTYPE_BY_CODE, TensorInfo, read_header
@@ -77,6 +78,11 @@ class Checkpoint:
         self._read_into(name, data.numpy().data, 0)
         return data.view(dtype).view(info.shape)
 
+    def table(self, name: str, dtype: torch.dtype) -> StoredTable:
+        """A matrix that stays where it is; its rows will be handed out as dtype."""
+        info = self.tensors[name]
+        return StoredTable(os.dup(self._open(info.file)), info, dtype)
+
     def are_equal(self, first: str, second: str) -> bool:
         """Whether two tensors have the same type, shape and bytes; read in small pieces."""
         one, two = self.tensors[first], self.tensors[second]
@@ -95,20 +101,17 @@ class Checkpoint:
         """Fill `view` with a tensor's bytes from `start` on."""
         info = self.tensors[name]
         try:
-            if info.file not in self._descriptors:
-                self._descriptors[info.file] = os.open(info.file, os.O_RDONLY)
-            done = 0
-            while done < len(view):
-                count = os.preadv(
-                    self._descriptors[info.file], [view[done:]], info.offset + start + done
-                )
-                if count == 0:
-                    raise OSError("the file ends before the tensor does")
-                done += count
+            read_exactly(self._open(info.file), view, info.offset + start)
         except OSError as error:
             raise CheckpointError(
                 f"{info.file}: tensor {name} cannot be read: {error}. Download the file again."
             ) from error
+
+    def _open(self, file: Path) -> int:
+        """Its descriptor; every tensor of a file is read through the same one."""
+        if file not in self._descriptors:
+            self._descriptors[file] = os.open(file, os.O_RDONLY)
+        return self._descriptors[file]
 
 
 def _weight_files(folder: Path) -> dict[Path, list[str] | None]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engine.auto_tokenizer import load_auto_tokenizer
 from engine.errors import CheckpointError
 from engine.grammar_check import Vocabulary, load_llguidance
 
@@ -28,12 +29,9 @@ def load_tokenizer(folder: Path, eos_token_ids: list[int]) -> Any:
 
 def _from_transformers(folder: Path, eos_token_ids: list[int]) -> Any:
     from llguidance import hf
-    from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = load_auto_tokenizer(folder)
         theirs = hf.from_tokenizer(tokenizer)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: no tokenizer for structured output: {error}") from error

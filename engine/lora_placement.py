@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from engine.embedding import Table, whole_table
 from engine.errors import AdapterError
 from engine.head import Weight, dense_weight, is_copy_of
 from engine.lora import EMBEDDING, SCORE_HEAD, LoraModule, LoraWeights, PlacedAdapter, PlacedModule
@@ -34,7 +35,7 @@ class BaseModel(Protocol):
     """What the pool needs of the model; engine/model.py's CausalLM."""
 
     spec: ModelSpec
-    embed_tokens: torch.Tensor
+    embed_tokens: Table
 
     def base_linear(self, path: str) -> BaseLayer: ...
 
@@ -230,7 +231,9 @@ def dora_ratio(module: LoraModule, base: torch.Tensor, path: str) -> torch.Tenso
 
 
 def _base_weight(path: str, model: BaseModel) -> Weight:
-    weight = model.embed_tokens if path == EMBEDDING else model.base_linear(path).weight
+    if path == EMBEDDING:
+        return whole_table(model.embed_tokens)
+    weight = model.base_linear(path).weight
     assert weight is not None
     return weight
 

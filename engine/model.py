@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
+from engine.embedding import Table, look_up, whole_table
 from engine.head import HeadDtype, quantize_head
 from engine.layers import DecoderLayer, FusedLinear, LinearSlice
 from engine.model_config import ModelSpec
@@ -31,7 +31,7 @@ class CausalLM:
         self.device = device
         self.dtype = dtype
         """Of activations and of all tensors that are not 4-bit."""
-        self.embed_tokens = torch.empty(0)  # [vocab_size, hidden_size]
+        self.embed_tokens: Table = torch.empty(0)  # [vocab_size, hidden_size]
         self.layers = [DecoderLayer(spec, index) for index in range(spec.num_layers)]
         self.norm = torch.empty(0)  # [hidden_size]
         self.lm_head = FusedLinear([LinearSlice("lm_head", *spec.embedding_shape)])
@@ -69,7 +69,7 @@ class CausalLM:
         Returns:
             Hidden states after the final norm, [num_tokens, hidden_size].
         """
-        hidden = F.embedding(batch.input_ids, self.embed_tokens)  # [num_tokens, hidden_size]
+        hidden = look_up(self.embed_tokens, batch.input_ids)  # [num_tokens, hidden_size]
         if lora is not None:
             hidden = lora.embedding(batch.input_ids, hidden)
         angles = batch.positions.unsqueeze(-1) * self.inv_freq  # float32 [num_tokens, head_dim / 2]
@@ -136,7 +136,7 @@ class CausalLM:
         """
         head = self.lm_head.slices[0]
         if self.spec.tie_word_embeddings:
-            head.weight = self.embed_tokens
+            head.weight = whole_table(self.embed_tokens)
         if isinstance(head.weight, torch.Tensor):
             weight = quantize_head(head.weight, lm_head_dtype)
             self.lm_head.set_weight(head, weight, self.device)

@@ -8,6 +8,7 @@ loaded model and the largest single tensor.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ import torch
 
 from engine.checkpoint import Checkpoint
 from engine.config import ModelConfig
+from engine.embedding import can_stay
 from engine.errors import CheckpointError
 from engine.fingerprint import Fingerprint
-from engine.head import check_head, extra_head_bytes
+from engine.head import HeadDtype, check_head, extra_head_bytes
 from engine.json_fields import read_json_object
 from engine.memory import (
     available_device_bytes,
@@ -33,7 +35,7 @@ from engine.model_config import DTYPES, ModelSpec, declared_dtype
 from engine.quantize import checkpoint_dtype, read_tensors, stored_quantization
 from engine.quantized_cache import CacheWriter, cached_folder, default_cache_dir, open_cached
 from engine.quantized_folder import QuantSettings
-from engine.tensor_plan import TensorPlan, plan_tensors
+from engine.tensor_plan import EMBEDDING, TensorPlan, plan_tensors
 from kernels.nf4 import QuantizedWeight, dequantize_4bit
 from kernels.nf4_linear import has_int8_activations, takes_int8_activations
 
@@ -113,6 +115,9 @@ def load_model(
             config.lm_head_dtype, {name: w.quant_type for name, w in plan.quantized.items()}
         )
         weights_bytes += extra_head_bytes(plan.spec, dtype, head_dtype)
+        table = _table_to_leave(checkpoint, plan, head_dtype, device)
+        if table is not None:
+            weights_bytes -= math.prod(plan.spec.embedding_shape) * dtype.itemsize
         _check_memory(folder, checkpoint, plan, quantization, weights_bytes, device)
         writer = None
         if settings is not None and cache is not None:
@@ -132,7 +137,10 @@ def load_model(
             elif isinstance(value, QuantizedWeight) and config.cpu_activations == "int8":
                 takes_int8.append(takes_int8_activations(value))
                 value = dataclasses.replace(value, int8_activations=takes_int8[-1])
-            model.set_tensor(name, value)
+            if name == EMBEDDING and table is not None:
+                model.embed_tokens = checkpoint.table(table, dtype)
+            else:
+                model.set_tensor(name, value)
             del value
         model.finish(head_dtype)
         if head_dtype != "auto":
@@ -186,6 +194,20 @@ def _choose_dtype(
         )
         return torch.bfloat16
     return stored
+
+
+def _table_to_leave(
+    checkpoint: Checkpoint, plan: TensorPlan, head_dtype: HeadDtype, device: torch.device
+) -> str | None:
+    """The embedding's name in the checkpoint, if its rows shall be read from there.
+
+    A step reads the whole of a head, so one that is the embedding has to be in memory.
+    """
+    source = plan.sources[EMBEDDING]
+    assert isinstance(source, str), "an embedding is dense"
+    is_head = plan.spec.tie_word_embeddings and head_dtype == "auto"
+    stays = device.type == "cpu" and not is_head and can_stay(checkpoint.tensors[source])
+    return source if stays else None
 
 
 def _check_int8_activations(quantization: str, device: torch.device) -> None:

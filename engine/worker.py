@@ -35,6 +35,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineError
 from engine.lora_source import LoraSource
+from engine.memory import return_freed_memory
 from engine.startup import (
     LoadAdapterFiles,
     Progress,
@@ -43,11 +44,15 @@ from engine.startup import (
     create_runner,
 )
 from engine.train.runner import JobRunner
+from kernels.scratch import free_scratch
 
 logger = logging.getLogger(__name__)
 
 LOADING_POLL_S = 0.002
 """How often to look for a finished adapter or grammar while nothing can run."""
+
+IDLE_S = 2.0
+"""After so long without work the memory of the last requests is given back."""
 
 PROGRESS_S = 0.1
 """Least time between two progress messages of one stage."""
@@ -112,9 +117,15 @@ def serve(conn: Connection, engine: Engine, training: JobRunner) -> None:
     Raises:
         EOFError, OSError: the pipe is closed.
     """
-    has_run = True
+    has_run, is_tidy = True, False
     while True:
         timeout_s = _patience_s(engine, training, has_run=has_run)
+        if timeout_s is not None:
+            is_tidy = False
+        elif not is_tidy and not conn.poll(IDLE_S):
+            free_scratch()
+            return_freed_memory()
+            is_tidy = True
         while conn.poll(timeout_s):
             command: Command = conn.recv()
             if isinstance(command, Shutdown):

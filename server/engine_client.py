@@ -1,7 +1,8 @@
 """The worker's other end: starts the engine worker, talks to it, and starts another when it dies.
 
-The event loop reads the worker's messages, a thread writes commands, so that a worker in the middle
-of a long step never blocks the loop. Per request one unbounded queue: nor does a slow client.
+Per worker two threads: one reads its messages and hands them to the event loop, one writes
+commands, so that neither a slow client nor a worker in the middle of a long step ever blocks the
+loop. Per request one unbounded queue.
 
 When the worker dies every waiting request ends with one final delta, code "engine_restarting", and
 a new worker is started. MAX_DEATHS workers in a row that served for less than QUICK_DEATH_S, or

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.auto_tokenizer import load_auto_tokenizer
 from engine.errors import CheckpointError
 
 ChatTemplateSource = str | dict[str, str] | None
@@ -94,12 +95,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _from_transformers(folder: Path) -> Tokenizer:
-    from transformers import AutoTokenizer  # slow to import
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True
-        )
+        tokenizer = load_auto_tokenizer(folder)
     except Exception as error:  # the tokenizers library raises bare Exception for a broken file
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{folder}: the tokenizer cannot be read: {first_line}") from error

@@ -1,8 +1,7 @@
-"""One engine worker process and its pipe.
+"""One engine worker process, its pipe and the two threads that serve it.
 
-The event loop itself reads the worker's messages, one whenever the pipe has something: with each
-step there is one, and a thread between would wake twice for it. A thread writes the commands, so
-that a worker in the middle of a long step never blocks the loop.
+One thread reads the worker's messages and hands them to the event loop, the other writes commands,
+so that a worker in the middle of a long step never blocks the loop.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class WorkerProcess:
-    """One worker process with its pipe. All is called on the event loop's thread."""
+    """One worker process with its pipe and the two threads that serve it."""
 
     def __init__(
         self,
@@ -43,7 +42,7 @@ class WorkerProcess:
         """
         Args:
             worker_args: run_worker's, after the pipe; they are sent to another process.
-            loop: the one that runs.
+            loop: on which the two callbacks are called.
             on_message: with each message of the worker.
             on_death: once, with a description of the end.
         """
@@ -65,11 +64,12 @@ class WorkerProcess:
         self._on_message = on_message
         self._on_death = on_death
         self._outgoing: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._writer = threading.Thread(target=self._write, name="engine-writer", daemon=True)
-        self._writer.start()
-        self._has_ended = asyncio.Event()
-        self._report: asyncio.Task[None] | None = None
-        loop.add_reader(self._conn.fileno(), self._read)
+        self._threads = [
+            threading.Thread(target=self._read, name="engine-reader", daemon=True),
+            threading.Thread(target=self._write, name="engine-writer", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def send(self, command: Command) -> None:
         """Queue a command; lost without a word when the worker dies, which its death then tells."""
@@ -79,48 +79,44 @@ class WorkerProcess:
         """Ask the worker to end, kill it after `timeout_s`; its last messages still arrive."""
         self.is_closing = True
         self.send(Shutdown())
-        await self._loop.run_in_executor(None, self._stop, timeout_s)
-        await self._has_ended.wait()
-        self._conn.close()
-        self.process.close()
+        await asyncio.get_running_loop().run_in_executor(None, self._join, timeout_s)
+        await asyncio.sleep(0)  # what the reader handed over last
 
-    def _stop(self, timeout_s: float) -> None:
+    def _join(self, timeout_s: float) -> None:
         self.process.join(timeout_s)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
         self._outgoing.put(None)
-        self._writer.join()
+        for thread in self._threads:
+            thread.join()
+        self._conn.close()
+        self.process.close()
 
     def _read(self) -> None:
-        """Hand one message on; at the pipe's end, say so."""
+        """Hand the worker's messages to the loop until its end of the pipe closes."""
         try:
-            message = self._conn.recv()  # the worker has begun to write it, and does nothing else
+            while True:
+                self._call(self._on_message, self._conn.recv())
         except (EOFError, OSError):
-            self._end()
-        except Exception:  # the process boundary: what cannot be read means a broken worker
+            pass
+        except (
+            Exception
+        ):  # the process boundary: a message that cannot be read means a broken worker
             logger.exception("A message of the engine worker could not be read.")
             self.process.kill()
-            self._end()
-        else:
-            self._on_message(self, message)
-
-    def _end(self) -> None:
-        self._loop.remove_reader(self._conn.fileno())
         self.is_alive = False
-        self._report = self._loop.create_task(self._report_death())
-
-    async def _report_death(self) -> None:
-        await self._loop.run_in_executor(None, self.process.join, 1.0)
-        try:
-            self._on_death(self, _describe_exit(self.process.exitcode))
-        finally:
-            self._has_ended.set()
+        self.process.join(1.0)
+        self._call(self._on_death, _describe_exit(self.process.exitcode))
 
     def _write(self) -> None:
         while (command := self._outgoing.get()) is not None:
             with contextlib.suppress(OSError, ValueError):  # it has gone; the reader finds out
                 self._conn.send(command)
+
+    def _call(self, function: Callable[..., None], *args: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(function, self, *args)
 
 
 def _describe_exit(exit_code: int | None) -> str:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from engine.embedding import look_up
 from engine.model import CausalLM
 from engine.train.batch import TokenBatch
 from engine.train.layer import TokenContext, attention_half, mlp_half
@@ -36,7 +36,7 @@ class LayerGraph:
 def embed(model: CausalLM, batch: TokenBatch, neftune_alpha: float, seed: int) -> Tensor:
     """[num_tokens, hidden_size], with NEFTune's noise (arXiv:2310.05914) where it is asked for."""
     with torch.no_grad():
-        hidden = functional.embedding(batch.input_ids, model.embed_tokens)
+        hidden = look_up(model.embed_tokens, batch.input_ids)
         if neftune_alpha:
             scales = [
                 neftune_alpha / math.sqrt(length * model.spec.hidden_size)

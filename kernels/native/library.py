@@ -28,6 +28,7 @@ _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 SIGNATURES = {
     "choose": (ctypes.c_char_p, _P),
     "set_num_threads": (_I,),
+    "free_scratch": (),
     "relayout": (_P, _P, _L, _L, _I),
     "linear": (_I, _P, _I, _P, _L, _P, _L),
     "dequantize": (_I, _P, _P),

@@ -304,6 +304,14 @@ class NativeOperations:
         """kernels/decoder.py's prepare_decoder."""
         return NativeDecoder(self._library, weights)
 
+    def accepts_free_scratch(self) -> bool:
+        """Whether free_scratch can run."""
+        return True
+
+    def free_scratch(self) -> None:
+        """kernels/scratch.py's free_scratch."""
+        self._library.herd_free_scratch()
+
     # Adapters.
 
     def accepts_add_lora(

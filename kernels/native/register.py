@@ -14,6 +14,7 @@ OPERATIONS = (
     "relayout", "prepare_weight", "dequantize_4bit", "nf4_linear", "has_int8_activations",
     "linear", "int8_linear", "rms_norm", "add_rms_norm", "apply_rotary", "silu_and_mul",
     "write_kv_cache", "paged_attention", "add_lora", "nucleus_floors", "prepare_decoder",
+    "free_scratch",
 )  # fmt: skip
 TRAINING = (
     "nf4_linear_training", "nf4_linear_backward", "rms_norm_backward", "silu_and_mul_backward",

@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+from engine import worker
 from engine.api import (
     CancelRequest,
     EngineInfo,
@@ -100,6 +101,28 @@ def test_an_idle_worker_runs_no_step(served):
     fake.engine.step = counted
     assert not conn.poll(0.2)
     assert num_steps == 0
+
+
+def test_an_idle_worker_gives_memory_back_once_after_its_work(monkeypatch):
+    given_back: list[float] = []
+    monkeypatch.setattr(worker, "IDLE_S", 0.05)
+    monkeypatch.setattr(worker, "return_freed_memory", lambda: given_back.append(time.monotonic()))
+    fake = FakeEngine()
+    parent, child = multiprocessing.Pipe()
+    thread = threading.Thread(target=serve, args=(child, fake.engine, Runner(fake).runner))
+    thread.start()
+    for times in (1, 2, 3):  # first for what loading has left
+        if times > 1:
+            parent.send(request(f"r{times}"))
+            deltas_until_end(parent, f"r{times}")
+        deadline = time.monotonic() + WAIT_S
+        while len(given_back) < times and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert len(given_back) == times
+    parent.send(Shutdown())
+    thread.join(WAIT_S)
+    parent.close()
 
 
 def test_a_cancelled_request_ends_within_a_step(served):

@@ -118,6 +118,14 @@ def test_a_token_has_the_same_bits_in_any_company(native, width, dtype):
         assert torch.equal(native.linear(x[:num_tokens], dense, None), dense_alone[:num_tokens])
 
 
+def test_freed_scratch_is_taken_again(native):
+    x, weight = random(70, 192), native.prepare_weight(quantize_4bit(random(43, 192)))
+    before = native.nf4_linear(x, [weight], [None])
+    for _ in range(2):
+        native.free_scratch()
+    assert torch.equal(native.nf4_linear(x, [weight], [None]), before)
+
+
 def test_results_do_not_depend_on_the_number_of_threads(native):
     x = random(5, 1024, dtype=torch.bfloat16)
     weight = native.prepare_weight(quantize_4bit(random(1000, 1024)))

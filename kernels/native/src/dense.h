@@ -105,7 +105,11 @@ static void dense_rows(const W* rows, long row_stride, const typename Dot::X* x,
   do {
     typename Dot::V w[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) w[r] = Dot::load_w(rows + r * row_stride + i);
+    for (int r = 0; r < R; r++) {
+      w[r] = Dot::load_w(rows + r * row_stride + i);
+      // The next rows: with several tokens there is time to fetch them meanwhile.
+      if (T > 1) __builtin_prefetch(rows + (r + R) * row_stride + i);
+    }
 #pragma GCC unroll 8
     for (int j = 0; j < T; j++) {
       const auto activations = Dot::load_x(x + j * x_stride + i);
@@ -120,16 +124,14 @@ static void dense_rows(const W* rows, long row_stride, const typename Dot::X* x,
     memcpy(kept, &sums, sizeof sums);
 }
 
-// Registers: AVX-512 and NEON have 32, so 24 sums at a time, AVX2 16.
+// Registers: AVX-512 and NEON have 32, so up to 24 sums at a time, AVX2 16. Up to kTileTokens tokens
+// meet kTileRows rows at a time; more, half as many rows, so that up to kWideTokens need one pass
+// over the weights.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileRows = 4;
-constexpr int kTileTokens = 6;
+constexpr int kTileRows = 4, kTileTokens = 6, kWideTokens = 8;
 #else
-constexpr int kTileRows = 2;
-constexpr int kTileTokens = 4;
+constexpr int kTileRows = 2, kTileTokens = 4, kWideTokens = 4;
 #endif
-
-constexpr int kTileSums = kTileRows * kTileTokens;
 constexpr long kStretch = 2048;  // columns of x for a tile's tokens that stay in the first cache
 
 // Part of the product of some rows with all tokens: columns start .. start + size.
@@ -138,15 +140,15 @@ struct Panel {
   const W* rows;  // at column start
   long row_stride;
   const typename Dot::X* x;  // at column start
-  long k, size, n, num_rows;
+  long x_stride, size, n, num_rows;
   Vec* kept;
   bool is_first, is_last;
   const Output<E>& out;
 
   template <int R, int T>
   inline void tile(long r, long t) const {
-    dense_rows<Dot, E, R, T>(rows + r * row_stride, row_stride, x + t * k, k, size, n + r, t,
-                             kept + r * kTileTokens, is_first, is_last, out);
+    dense_rows<Dot, E, R, T>(rows + r * row_stride, row_stride, x + t * x_stride, x_stride, size,
+                             n + r, t, kept + r * kWideTokens, is_first, is_last, out);
   }
   template <int R>
   inline void tokens(long r, long t, long count) const {
@@ -158,28 +160,40 @@ struct Panel {
 #if defined(__AVX512F__) || defined(__aarch64__)
       case 5: return tile<R, 5>(r, t);
       case 6: return tile<R, 6>(r, t);
+      case 7: return tile<R, 7>(r, t);
+      case 8: return tile<R, 8>(r, t);
 #endif
     }
   }
   inline void run(long t, long count) const {
+    constexpr int half = kTileRows / 2;
     long r = 0;
-    for (; r + kTileRows <= num_rows; r += kTileRows) tokens<kTileRows>(r, t, count);
+    if (count <= kTileTokens)
+      for (; r + kTileRows <= num_rows; r += kTileRows) tokens<kTileRows>(r, t, count);
+    for (; r + half <= num_rows; r += half) tokens<half>(r, t, count);
     for (; r < num_rows; r++) tokens<1>(r, t, count);
   }
 };
 
-// num_rows rows from n on, all tokens.
+// Elements from one token's activations to the next. Where whole pages lay between them, all would
+// want the same few places of the first cache.
+static inline long activations_stride(long k, long element_size) {
+  return k * element_size % 2048 ? k : k + 64 / element_size;
+}
+
+// num_rows rows of k columns from n on, all tokens.
 template <class Dot, typename E, typename W>
-static void dense_panel(const W* rows, long row_stride, const typename Dot::X* x, long k, long n,
+static void dense_panel(const W* rows, const typename Dot::X* x, long x_stride, long k, long n,
                         long num_rows, long num_tokens, const Output<E>& out) {
-  const long tiles = ceil_div(num_tokens, kTileTokens), stretches = ceil_div(k, kStretch);
+  const long tiles = ceil_div(num_tokens, kWideTokens), stretches = ceil_div(k, kStretch);
   const long size = ceil_div(k, stretches * kBlock) * kBlock;
-  Vec* kept = (Vec*)herd::scratch(herd::kTotals, num_rows * kTileTokens * (long)sizeof(Vec));
+  Vec* kept = (Vec*)herd::scratch(herd::kTotals, num_rows * kWideTokens * (long)sizeof(Vec));
   for (long tile = 0; tile < tiles; tile++) {
     const long t = num_tokens * tile / tiles, count = num_tokens * (tile + 1) / tiles - t;
     for (long start = 0; start < k; start += size) {
-      const Panel<Dot, E, W> panel = {rows + start, row_stride, x + start, k, least(size, k - start),
-                                   n, num_rows, kept, start == 0, start + size >= k, out};
+      const Panel<Dot, E, W> panel = {
+          rows + start, k,        x + start, x_stride,   least(size, k - start), n,
+          num_rows,     kept,     start == 0, start + size >= k, out};
       panel.run(t, count);
     }
   }

@@ -111,6 +111,8 @@ HERD_EXPORT int herd_has_int8_activations() { return herd::chosen->has_int8_acti
 
 HERD_EXPORT void herd_set_num_threads(int num_threads) { herd::set_num_threads(num_threads); }
 
+HERD_EXPORT void herd_free_scratch() { herd::free_scratch(); }
+
 HERD_EXPORT int herd_num_threads() { return herd::num_threads(); }
 
 // Codes of a weight [num_rows, 2 * row_bytes]; from and to do not overlap.

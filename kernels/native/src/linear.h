@@ -24,7 +24,8 @@ template <typename E>
 struct LinearCall {
   const herd::Matrix* slices;
   int num_slices;
-  const void* x;           // as Dot wants it
+  const void* x;           // as Dot wants it, for dense slices
+  long x_stride;
   const uint32_t* packed;  // the same for 4-bit slices (nf4.h)
   long num_tokens;
   E* y;
@@ -55,10 +56,11 @@ static void linear_task(void* context, long task) {
       multiply_rows<Int8Codes>(m, first, stop, call.packed, call.num_tokens, out);
 #endif
     else if (m.nested_absmax)
-      dense_panel<Dot, E>((const int8_t*)m.data + first * k, k, x, k, first, rows, call.num_tokens,
-                          out);
+      dense_panel<Dot, E>((const int8_t*)m.data + first * k, x, call.x_stride, k, first, rows,
+                          call.num_tokens, out);
     else
-      dense_panel<Dot, E>((const E*)m.data + first * k, k, x, k, first, rows, call.num_tokens, out);
+      dense_panel<Dot, E>((const E*)m.data + first * k, x, call.x_stride, k, first, rows,
+                          call.num_tokens, out);
     return;
   }
 }
@@ -94,6 +96,15 @@ struct Prepared<float, bf16> {
   static const float* of(const bf16* x, long size) { return prepared_float(x, size); }
 };
 
+// Activations for dense slices, a token's `stride` elements behind the one before.
+template <typename X>
+static const X* spread(const X* x, long num_tokens, long k, long stride) {
+  if (stride == k || num_tokens == 1) return x;
+  X* out = (X*)herd::scratch(herd::kSpread, num_tokens * stride * (long)sizeof(X));
+  for (long t = 0; t < num_tokens; t++) memcpy(out + t * stride, x + t * k, k * sizeof(X));
+  return out;
+}
+
 // x [num_tokens, in_features], contiguous.
 template <typename E>
 static void linear(const herd::Matrix* slices, int num_slices, const E* x, long num_tokens, E* y,
@@ -102,22 +113,26 @@ static void linear(const herd::Matrix* slices, int num_slices, const E* x, long 
   typedef typename Dot::X X;
   const long k = slices[0].in_features;
   long rows_in_all = 0;
-  bool has_codes = false, has_int8 = false, has_others = false;
+  bool has_codes = false, has_int8 = false, has_dense = false;
   for (int i = 0; i < num_slices; i++) {
     rows_in_all += slices[i].out_features;
     has_codes = has_codes || slices[i].codebook;
     has_int8 = has_int8 || slices[i].int8_activations;
-    has_others = has_others || !slices[i].int8_activations;
+    has_dense = has_dense || !slices[i].codebook;
   }
   // About 32 KB of 4-bit codes for a few tokens; for many, dense weights that stay in the second
   // cache while all tokens pass by, but tasks enough for every thread.
   long task_rows = (num_tokens <= 32 ? 65536 : 262144) / k;
   task_rows = least(task_rows, ceil_div(rows_in_all, 4L * herd::num_threads()));
   task_rows = most(kRows, task_rows / kRows * kRows);
-  LinearCall<E> call = {slices, num_slices, nullptr, nullptr, num_tokens, y, y_stride, task_rows};
-  const X* prepared = has_others ? Prepared<X, E>::of(x, num_tokens * k) : nullptr;
-  call.x = prepared;
-  if (has_codes && !has_int8) call.packed = packed(prepared, num_tokens, k * (long)sizeof(X) / 4);
+  const long stride = activations_stride(k, sizeof(X)), units = k * (long)sizeof(X) / 4;
+  LinearCall<E> call = {slices, num_slices, nullptr, stride, nullptr, num_tokens, y, y_stride,
+                        task_rows};
+  if (has_dense || !has_int8) {
+    const X* prepared = Prepared<X, E>::of(x, num_tokens * k);
+    if (has_dense) call.x = spread(prepared, num_tokens, k, stride);
+    if (has_codes && !has_int8) call.packed = packed(prepared, num_tokens, units);
+  }
 #if defined(__AVX512VNNI__)
   if (has_int8) call.packed = rounded_to_bytes(x, num_tokens, k);
 #endif

@@ -39,7 +39,7 @@ static void lora_down_task(void* context, long task) {
   if (first == stop) return;
   const long start = c.starts[group], k = c.in_features;
   const Output<E> out = {c.down + start * c.down_stride + c.columns[slice], c.down_stride, nullptr};
-  dense_panel<Dot, E>((const E*)pair.a + first * k, k, c.x + start * k, k, first, stop - first,
+  dense_panel<Dot, E>((const E*)pair.a + first * k, c.x + start * k, k, k, first, stop - first,
                       c.starts[group + 1] - start, out);
 }
 

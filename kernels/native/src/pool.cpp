@@ -200,4 +200,12 @@ void* scratch(int slot, long num_bytes) {
   return own.memory;
 }
 
+void free_scratch() {
+  for (Scratch& own : scratches) {
+    free(own.memory);
+    own.memory = nullptr;
+    own.num_bytes = 0;
+  }
+}
+
 }  // namespace herd

@@ -17,7 +17,11 @@ void run(Task task, void* context, long num_tasks);
 
 // Memory of the calling thread, valid until it asks for the same slot again; at least num_bytes,
 // aligned to 64. Slots: see who uses them.
-enum Slot { kActivations, kPacked, kCodes, kScales, kTotals, kAttention, kTasks, kLora, kStep, kNumScratches };
+enum Slot {
+  kActivations, kSpread, kPacked, kCodes, kScales, kTotals, kAttention, kTasks, kLora, kStep,
+  kNumScratches
+};
 void* scratch(int slot, long num_bytes);
+void free_scratch();  // of the calling thread, all slots
 
 }  // namespace herd
