@@ -95,9 +95,16 @@ class BlockManager:
         return True
 
     def trim(self, sequence: Sequence) -> None:
-        """Take back the blocks behind those that its tokens need: they held rejected drafts."""
-        while len(sequence.block_table) > self.num_blocks_for(sequence.num_tokens):
-            block = sequence.block_table.pop()
+        """Take back the blocks behind those that its tokens need: they held rejected drafts.
+
+        The table is another list then: who has copied one list may rely on what stands in it.
+        """
+        num_needed = self.num_blocks_for(sequence.num_tokens)
+        dropped = sequence.block_table[num_needed:]
+        if not dropped:
+            return
+        sequence.block_table = sequence.block_table[:num_needed]
+        for block in reversed(dropped):
             assert self._ref_counts[block] == 1 and self._hash_of_block[block] is None
             self._ref_counts[block] = 0
             self._free.append(block)

@@ -232,12 +232,13 @@ class Engine:
         last = self._in_flight.last_tokens if self._in_flight is not None else None
         result, error = attempt(lambda: self._runner.run(items, last))
         self._end_step(deltas)
+        was_alone = len(items) == 1
         items = [(sequence, count) for sequence, count in items if not sequence.has_ended]
         pending = None
         if result is not None:
             pending, error = attempt(lambda: launch_choice(self._sampler, result))
         if error is not None:
-            self._repeat(items, error, result is not None, deltas)
+            self._repeat(items, error, deltas, was_alone=was_alone, has_run=result is not None)
             error.__traceback__ = None  # it would keep this frame, and the step's tensors
             return
         assert result is not None
@@ -255,15 +256,21 @@ class Engine:
         self,
         items: list[tuple[Sequence, int]],
         error: BaseException,
-        has_run: bool,
         deltas: list[RequestDelta],
+        *,
+        was_alone: bool,
+        has_run: bool,
     ) -> None:
         """Run a step's sequences again, after an error: each alone, or all where memory was short
         and there is more now.
 
         Args:
-            items:   nothing of them has been noted; no step is in flight.
-            has_run: whether they have gone through the model.
+            items:     those that have not ended meanwhile; nothing of them has been noted, and no
+                step is in flight.
+            error:     what was raised.
+            deltas:    gets what there is to tell.
+            was_alone: whether the step had one sequence only.
+            has_run:   whether they have gone through the model.
         """
         if isinstance(error, torch.OutOfMemoryError):
             error.__traceback__ = None  # its frames hold the step's activations
@@ -272,7 +279,7 @@ class Engine:
             if has_more and not has_run and items:
                 self._run(items, deltas)
                 return
-        if len(items) == 1 and not items[0][0].draft_token_ids:
+        if was_alone and items and not items[0][0].draft_token_ids:
             if not isinstance(error, RequestError | AdapterError):
                 logger.error("A forward pass failed.", exc_info=error)
             deltas.append(self._finish_failed(items[0][0], as_engine_error(error)))
@@ -314,8 +321,8 @@ class Engine:
         """Append the tokens that a text comes to and say so, with the end where there is one; drop
         its drafts."""
         added = append_tokens(sequence, tokens)
-        self.blocks.commit(sequence)
         if sequence.draft_token_ids:
+            self.blocks.commit(sequence)  # with the keys and values of drafts that were right
             self.scheduler.settle_drafts(sequence, added.token_ids)
         if added.reason is not None:
             final = self._finish(

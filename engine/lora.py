@@ -210,17 +210,12 @@ class LoraBatch:
         """Whether a token of this batch has one of these pool rows."""
         return not rows.isdisjoint(self._rows_in_use)
 
-    def select(self, token_indices: torch.Tensor | Sequence[int]) -> LoraBatch | None:
+    def select(self, positions: Sequence[int]) -> LoraBatch | None:
         """The same for some of the tokens, in the order given; None when all are the base's."""
-        if isinstance(token_indices, torch.Tensor):
-            positions = token_indices.tolist()
-            index = token_indices.to(self.lora_indices.device)
-        else:
-            positions = list(token_indices)
-            index = to_device(torch.tensor(positions, dtype=torch.int64), self.lora_indices.device)
         rows = [self._rows[position] for position in positions]
         if all(row < 0 for row in rows):
             return None
+        index = to_device(torch.tensor(positions, dtype=torch.int64), self.lora_indices.device)
         return LoraBatch(
             self._adapters,
             self._plans,

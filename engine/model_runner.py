@@ -89,10 +89,9 @@ class ModelRunner:
         self.device = device
         self._graphs = graphs
 
-    @torch.inference_mode()
     def run(self, items: list[tuple[Sequence, int]], last: LastTokens | None = None) -> StepResult:
         """Launch the scheduled tokens' pass through the model, waiting for nothing: writes their
-        keys and values, changes no sequence.
+        keys and values, changes no sequence. The caller has turned gradients off.
 
         Args:
             items: (sequence, num_new_tokens), drafts included.

@@ -75,7 +75,8 @@ class BatchOperators:
             int64 [num_rows], NO_TOKEN or BROKEN where there is none; and the rest.
         """
         raw = logits[self.logprob_index] if self.logprob_rows else None
-        is_broken = ~logits.sum(dim=-1).isfinite()  # one reduction: finite logits have such a sum
+        total = logits.sum(dim=-1)  # one reduction: finite logits have a finite sum
+        is_broken = total - total != 0  # NaN less NaN and infinity less infinity are NaN
         if self.changes_logits:
             _change_logits(self, logits, bitmask)
         token_ids = _choose(self, logits, is_broken)
@@ -166,8 +167,9 @@ def _choose(batch: BatchOperators, logits: Tensor, is_broken: Tensor) -> Tensor:
     is_dead = is_broken
     if batch.changes_logits:
         is_dead = is_broken | (logits.amax(dim=-1) == -torch.inf)
-    if logits.device.type != "cpu" or is_dead.any():  # only the CPU knows without waiting
-        logits.masked_fill_(is_dead[:, None], 0.0)
+    if logits.device.type == "cpu" and not is_dead.any():  # elsewhere asking would wait
+        return _pick(batch, logits)
+    logits.masked_fill_(is_dead[:, None], 0.0)
     token_ids = _pick(batch, logits)
     return token_ids.masked_fill_(is_dead, NO_TOKEN).masked_fill_(is_broken, BROKEN)
 

@@ -91,10 +91,10 @@ def _make_tables(slices: Sequence[LoraSlice], device: torch.device) -> _Tables |
     element = tensors[0].element_size()
     return _Tables(
         slices=tuple(weakref.ref(part) for part in slices),
-        a=torch.tensor(a, dtype=torch.int64, device=device),
-        b=torch.tensor(b, dtype=torch.int64, device=device),
-        ranks=torch.tensor(ranks, dtype=torch.int32, device=device),
-        bounds=torch.tensor([[s.start, s.stop] for s in slices], dtype=torch.int32, device=device),
+        a=_sent(a, torch.int64, device),
+        b=_sent(b, torch.int64, device),
+        ranks=_sent(ranks, torch.int32, device),
+        bounds=_sent([[s.start, s.stop] for s in slices], torch.int32, device),
         max_rank=max_rank,
         max_width=max(part.stop - part.start for part in slices),
         dtype=tensors[0].dtype,
@@ -102,6 +102,14 @@ def _make_tables(slices: Sequence[LoraSlice], device: torch.device) -> _Tables |
             tensor.data_ptr() % 16 == tensor.shape[1] * element % 16 == 0 for tensor in tensors
         ),
     )
+
+
+def _sent(values: list[list[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A table on the device, without waiting for the step that may run there."""
+    table = torch.tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        table = table.pin_memory()
+    return table.to(device, non_blocking=True)
 
 
 _VARYING = ["num_tokens", "num_rows", "num_splits"]

@@ -94,9 +94,7 @@ def test_select_keeps_the_adapters_of_the_chosen_tokens(base, mixed):
     with torch.inference_mode():
         every = base.model.logits(hidden, lora)
         chosen = base.model.logits(hidden[[4, 3, 2]], lora.select([4, 3, 2]))
-        same = base.model.logits(hidden[[4, 3, 2]], lora.select(torch.tensor([4, 3, 2])))
     assert torch.equal(chosen, every[[4, 3, 2]])
-    assert torch.equal(chosen, same)
     assert lora.select([2, 5]) is None
     assert pool.batch([-1, -1], [1.0, 1.0]) is None
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine.batch import make_batch
+from engine.block_manager import BlockManager
 from engine.cuda_graphs import CudaGraphBackend
 from engine.decode_graphs import SETTLED_STEPS
 from engine.decode_inputs import DecodeInputs
@@ -411,3 +412,21 @@ def test_what_was_prepared_is_completed_and_what_has_changed_is_corrected():
     going.block_table = [4, 3, 2, 1]  # preempted, and back in other blocks
     made.load([going, decoding(2, [0])], 4)
     assert made.batch(1).block_tables[0, :4].tolist() == [4, 3, 2, 1]
+
+
+def test_blocks_of_rejected_drafts_are_not_taken_for_those_that_follow_them():
+    """A table that has shrunk and grown again is as long as before, and another."""
+    made, blocks = inputs(), BlockManager(6, 4)
+    own = sequence(list(range(6)))
+    assert blocks.admit(own, num_spare=0)
+    own.num_computed_tokens = 5
+    for _ in range(2):
+        own.draft_token_ids = [11, 12, 13]  # the last of them is in a block that is theirs alone
+        assert blocks.extend(own, 3) and len(own.block_table) == 3
+        made.load([own], 4)
+        assert_holds(made, [own], 4)
+        made.prepare_next()
+        own.append(40)
+        own.num_computed_tokens += 1
+        own.draft_token_ids = []
+        blocks.trim(own)

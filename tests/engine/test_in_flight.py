@@ -258,6 +258,34 @@ def test_a_pass_that_fails_behind_one_in_flight_loses_none_of_its_tokens():
     assert fake.text("good") == expected_text(PROMPT, 20)
 
 
+@pytest.mark.parametrize("who_fails", ["the row behind an end", "both rows together"])
+def test_who_is_left_of_a_pass_that_failed_is_tried_alone(who_fails):
+    """A text ends in the step whose successor, with both in it, has failed."""
+    text = expected_text(PROMPT, 4)
+    fake = ahead()
+    fake.add("ends", PROMPT, max_tokens=60, stop_token_ids=(text[3],))
+    fake.add("goes on", PROMPT[:4], max_tokens=12)
+    assert text[3] not in expected_text(PROMPT[:4], 12)
+    for _ in range(4):
+        fake.step()
+    assert fake.text("ends") == text[:3]
+    if who_fails == "the row behind an end":
+        fake.model.fail_on_token = text[3]
+    else:
+        run = fake.engine._runner.run
+
+        def fail(items, last=None):
+            if len(items) > 1:
+                raise torch.OutOfMemoryError("no room for two")
+            return run(items, last)
+
+        fake.engine._runner.run = fail
+    fake.run()
+    assert fake.text("ends") == text and fake.final("ends").finish_reason == "stop"
+    assert fake.final("goes on").error is None
+    assert fake.text("goes on") == expected_text(PROMPT[:4], 12)
+
+
 def test_a_choice_that_fails_is_repeated_for_each_alone():
     fake = ahead()
     for number in range(3):
