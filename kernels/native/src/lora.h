@@ -43,6 +43,9 @@ static void lora_down_task(void* context, long task) {
                       c.starts[group + 1] - start, out);
 }
 
+// Elements of a row of b ahead: rows lie too far apart for the processor to foresee them all.
+constexpr long kAhead = 256;
+
 // Up to T tokens and C vectors of columns: the sums run over the rank, from its beginning to its end.
 template <typename E, int T, int C>
 static inline void lora_up_tile(const LoraCall<E>& c, const herd::LoraPair& pair, long width,
@@ -57,6 +60,7 @@ static inline void lora_up_tile(const LoraCall<E>& c, const herd::LoraPair& pair
     Vec weights[C];
 #pragma GCC unroll 4
     for (int i = 0; i < C; i++) weights[i] = load(b + i * Vec::N);
+    __builtin_prefetch(b + kAhead);
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) {
       const Vec factor = splat(to_float(down[t * c.down_stride + r]));
