@@ -60,7 +60,7 @@ static inline void lora_up_tile(const LoraCall<E>& c, const herd::LoraPair& pair
     Vec weights[C];
 #pragma GCC unroll 4
     for (int i = 0; i < C; i++) weights[i] = load(b + i * Vec::N);
-    __builtin_prefetch(b + kAhead);
+    for (int i = 0; i < C; i += 2) __builtin_prefetch(b + i * Vec::N + kAhead);
 #pragma GCC unroll 4
     for (int t = 0; t < T; t++) {
       const Vec factor = splat(to_float(down[t * c.down_stride + r]));
@@ -113,6 +113,8 @@ static void lora_up_task(void* context, long task) {
     const E* down = c.down + row * c.down_stride + c.columns[slice];
     const bool is_full = row + T <= c.starts[group + 1];
     long n = first;
+    for (; !is_full && n + 2 * step <= stop; n += 2 * step)
+      lora_up_tile<E, 1, 2 * C>(c, pair, width, row, down, y, n);
     for (; n + step <= stop; n += step) {
       if (is_full)
         lora_up_tile<E, T, C>(c, pair, width, row, down, y, n);
