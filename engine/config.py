@@ -40,9 +40,9 @@ class ModelConfig:
     that it takes and the time to read it, at some cost in accuracy. A head that is tied to the
     embedding gets a copy of its own."""
     cpu_activations: Literal["full", "int8"] = "full"
-    """What 4-bit weights are multiplied with on a CPU: activations as they are, or rounded to 8
-    bits, 64 at a time with a scale of their own, which is faster and costs some accuracy. Wants a
-    processor with AVX-512 VNNI and BF16."""
+    """What the layers' 4-bit weights are multiplied with on a CPU: activations as they are, or
+    rounded to 8 bits, 64 at a time with a scale of their own, which is faster and costs some
+    accuracy. Wants a processor with AVX-512 VNNI and BF16."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; auto takes a GPU when there is one."""
     threads: int | None = None

@@ -35,7 +35,7 @@ from engine.model_config import DTYPES, ModelSpec, declared_dtype
 from engine.quantize import checkpoint_dtype, read_tensors, stored_quantization
 from engine.quantized_cache import CacheWriter, cached_folder, default_cache_dir, open_cached
 from engine.quantized_folder import QuantSettings
-from engine.tensor_plan import EMBEDDING, TensorPlan, plan_tensors
+from engine.tensor_plan import EMBEDDING, HEAD, TensorPlan, plan_tensors
 from kernels.nf4 import QuantizedWeight, dequantize_4bit
 from kernels.nf4_linear import has_int8_activations, takes_int8_activations
 
@@ -134,7 +134,11 @@ def load_model(
                 writer.add(name, value)
             if isinstance(value, QuantizedWeight) and quantization == "none":
                 value = dequantize_4bit(value, dtype)
-            elif isinstance(value, QuantizedWeight) and config.cpu_activations == "int8":
+            elif (
+                isinstance(value, QuantizedWeight)
+                and config.cpu_activations == "int8"
+                and name != HEAD
+            ):
                 takes_int8.append(takes_int8_activations(value))
                 value = dataclasses.replace(value, int8_activations=takes_int8[-1])
             if name == EMBEDDING and table is not None:
@@ -234,7 +238,7 @@ def _int8_activations_note(takes: list[bool]) -> str:
             "the flag out."
         )
     which = "all" if all(takes) else f"{sum(takes)} of {len(takes)}"
-    return f"Activations are rounded to 8 bits for {which} 4-bit weights (--cpu-activations int8)."
+    return f"Activations are rounded to 8 bits for {which} 4-bit layers (--cpu-activations int8)."
 
 
 def _check_memory(

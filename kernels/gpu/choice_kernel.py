@@ -161,8 +161,9 @@ def _row_largest(largest, is_broken, row, num_splits, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _column_sums(tile, COLUMNS: tl.constexpr):
-    """float32 [COLUMNS]: halves are added to each other, as sum_columns does."""
+def column_sums(tile, COLUMNS: tl.constexpr):
+    """float32 [COLUMNS] of [MEMBERS, COLUMNS]: halves are added to each other, as sum_columns does.
+    Only pairs are summed, so in the same order."""
     tile = tl.sum(tile.reshape([2, MEMBERS // 2, COLUMNS]), 0)
     tile = tl.sum(tile.reshape([2, MEMBERS // 4, COLUMNS]), 0)
     tile = tl.sum(tile.reshape([2, MEMBERS // 8, COLUMNS]), 0)
@@ -220,7 +221,7 @@ def weigh_kernel(
     if (temperature >= COLDEST) & (tl.abs(top) < float("inf")):
         to = row * num_splits + split
         weights = tl.exp(tl.load(scaled + to.to(tl.int64) * SIZE + _place(COLUMNS)) - top)
-        tl.store(sums + to, tl.sum(_column_sums(weights, COLUMNS).to(tl.float64), 0))
+        tl.store(sums + to, tl.sum(column_sums(weights, COLUMNS).to(tl.float64), 0))
         min_p = tl.load(floats + MIN_P * num_rows + row)
         top_k = tl.load(ints + TOP_K * num_rows + row)
         top_p = tl.load(floats + TOP_P * num_rows + row)
@@ -404,7 +405,7 @@ def choose_kernel(
             own = (row * num_splits + split).to(tl.int64) * (MEMBERS * COLUMNS)
             weights = tl.exp(tl.load(scaled + own + _place(COLUMNS)) - top)
             weights = tl.where(weights >= floor, weights, 0.0)
-            of_columns = _column_sums(weights, COLUMNS).to(tl.float64)
+            of_columns = column_sums(weights, COLUMNS).to(tl.float64)
             column, target = _find(of_columns, target, COLUMNS)
             is_own = (tl.arange(0, COLUMNS) == column)[None, :]
             of_members = tl.sum(tl.where(is_own, weights, 0.0), 1).to(tl.float64)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu import device as gpu
+from kernels.gpu.choice_kernel import column_sums
 from kernels.truncation import NUM_MEMBERS
 
 BLOCK = 8192
@@ -36,15 +37,7 @@ def _column_total(probs, floor, vocab_size, MEMBERS: tl.constexpr, COLUMNS: tl.c
             mask=(column < num_columns)[None, :], other=0.0,
         )  # fmt: skip
         tile = tl.where(tile >= floor, tile, 0.0)
-        # Halves are added to each other, as there: only pairs are summed, so in the same order.
-        tile = tl.sum(tile.reshape([2, MEMBERS // 2, COLUMNS]), 0)
-        tile = tl.sum(tile.reshape([2, MEMBERS // 4, COLUMNS]), 0)
-        tile = tl.sum(tile.reshape([2, MEMBERS // 8, COLUMNS]), 0)
-        tile = tl.sum(tile.reshape([2, MEMBERS // 16, COLUMNS]), 0)
-        tile = tl.sum(tile.reshape([2, MEMBERS // 32, COLUMNS]), 0)
-        tile = tl.sum(tile.reshape([2, MEMBERS // 64, COLUMNS]), 0)
-        tile = tl.sum(tile, 0)
-        total += tile.to(tl.float64)
+        total += column_sums(tile, COLUMNS).to(tl.float64)
     alone = num_columns * MEMBERS + tl.arange(0, MEMBERS)
     last = tl.load(probs + alone, mask=alone < vocab_size, other=0.0)
     last = tl.where(last >= floor, last, 0.0)

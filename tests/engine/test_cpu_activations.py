@@ -5,7 +5,13 @@ import torch
 
 from engine import weights
 from engine.errors import CheckpointError
-from tests.engine.tiny_models import load, random_prompts, run_prompts, save_model
+from tests.engine.tiny_models import (
+    load,
+    random_prompts,
+    run_prompts,
+    save_model,
+    save_with_bitsandbytes,
+)
 
 
 def quantized_weights(model):
@@ -37,6 +43,19 @@ def test_int8_is_near_full_and_said_at_the_start(name, tmp_path, monkeypatch):
     ):
         assert not torch.equal(actual, wanted)
         assert (actual - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_a_4_bit_head_is_multiplied_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "has_int8_activations", lambda: True)
+    save_with_bitsandbytes(
+        tmp_path / "model",
+        "llama",
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=["embed_tokens"],
+    )
+    model = load(tmp_path / "model", cpu_activations="int8").model
+    assert not model.base_linear("lm_head").weight.int8_activations
+    assert any(weight.int8_activations for weight in quantized_weights(model))
 
 
 def test_int8_without_4_bit_weights_is_refused(tmp_path):

@@ -55,13 +55,13 @@ struct Output {
     else
       for (int r = 0; r < R; r++) set(to + r, totals[r]);
   }
-  // One token's results for `count` rows, a row to each lane.
+  // One token's results for up to `count` rows, a row to each lane.
   inline void write_lanes(Vec totals, long n, long count, long t) const {
     E* to = y + t * stride + n;
+    if (count >= Vec::N) return store(to, bias ? totals + load(bias + n) : totals);
     float lanes[Vec::N];
-    if (count == Vec::N && !bias) return store(to, totals);
     store(lanes, totals);
-    for (long r = 0; r < least(count, Vec::N); r++)
+    for (long r = 0; r < count; r++)
       set(to + r, bias ? lanes[r] + to_float(bias[n + r]) : lanes[r]);
   }
 };

@@ -78,10 +78,9 @@ struct Product<Int8Codes, R, T> {
       }
       codes += kWords * kWordBytes;
       scales += kRows;
-      x += units_of_block * T;
+      x += Int8Codes::units_of_block * T;
     }
   }
-  static constexpr long units_of_block = Int8Codes::units_of_block;
 };
 
 // A block of one token's activations: units_of_block units.
